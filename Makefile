@@ -1,0 +1,32 @@
+# Every target creates the virtual environment by itself.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: demo test lint type bench docs clean
+
+demo: $(READY)  ## train a small decoder with and without tilewright, write report.html
+	$(BIN)/tilewright demo
+
+test: $(READY)  ## every test that runs without a GPU
+	$(BIN)/python -m pytest -n auto -m "not gpu"
+
+lint: $(READY)  ## style, imports, docstrings
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+type: $(READY)  ## strict type checking
+	$(BIN)/mypy
+
+bench: $(READY)  ## measure every operation on this machine
+	$(BIN)/tilewright bench rope
+
+docs: $(READY)  ## write the generated tables of the documentation anew
+	$(BIN)/python tools/make_tables.py
+
+$(READY): pyproject.toml constraints.txt tools/make_venv.sh
+	tools/make_venv.sh $(PYTHON) $(VENV)
+
+clean:
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache report.html

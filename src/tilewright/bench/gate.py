@@ -1,0 +1,109 @@
+"""The gate before the clock: a provider whose result is wrong gets no time.
+
+Results are held against the numerics policy of the project, on random data. Before a provider runs, what it writes
+into is filled with NaN: buffers that it was given directly, and buffers that it allocates itself by way of the
+allocator, which hands out again what was freed last.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from tilewright.numerics import compare
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from tilewright.bench.providers import Formulation, Prepared, Suite, Task, Tensors
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the gate says of a provider.
+
+    Attributes:
+        ok: the results are right.
+        formulation: the name of what they were judged against.
+        less_precise: why that is a less precise job than the family's own; empty if it is the same.
+        worst: the largest share of the error budget that a result used; None where no budget applies.
+        reason: why the results are wrong; empty if they are right.
+    """
+
+    ok: bool
+    formulation: str
+    less_precise: str = ""
+    worst: float | None = None
+    reason: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """The record in JSON's types."""
+        return asdict(self)
+
+
+class Gate:
+    """Judges the providers of one task. What is true is computed once for each formulation.
+
+    Args:
+        suite: the family's suite.
+        task: the task. Nobody else may write into its tensors.
+    """
+
+    def __init__(self, suite: Suite, task: Task) -> None:
+        self._suite = suite
+        self._task = task
+        self._known: dict[str, tuple[Tensors, Tensors]] = {}
+
+    def judge(self, prepared: Prepared) -> Verdict:
+        """Run the first of the prepared calls and judge its results."""
+        formulation = prepared.formulation or self._suite.formulation
+        if prepared.expected is None:
+            reference, truth = self._facts(formulation)
+        else:
+            reference = truth = prepared.expected
+        for tensor in prepared.outputs:
+            tensor.fill_(torch.nan)
+        _poison(reference)
+        results = prepared.results(prepared.calls[0]())
+        if prepared.expected is not None:
+            same = len(results) == len(truth) and all(map(torch.equal, results, truth))
+            return Verdict(same, "bit for bit", reason="" if same else "the copy differs from its source")
+        worst, reason = self._compare(results, reference, truth)
+        return Verdict(not reason, formulation.name, formulation.less_precise, worst, reason)
+
+    def _facts(self, formulation: Formulation) -> tuple[Tensors, Tensors]:
+        if formulation.name not in self._known:
+            self._known[formulation.name] = formulation.evaluate(self._task), formulation.exact(self._task)
+        return self._known[formulation.name]
+
+    def _compare(self, results: Tensors, reference: Tensors, truth: Tensors) -> tuple[float | None, str]:
+        """The largest share of the budget used, and why the results are wrong or nothing."""
+        for what, form in _FORMS.items():
+            came, expected = [form(tensor) for tensor in results], [form(tensor) for tensor in reference]
+            if came != expected:
+                return None, f"{what}: came {came}, expected {expected}"
+        if self._suite.judges is not None:
+            return None, self._suite.judges(results, reference, truth) or ""
+        worst, reason = 0.0, ""
+        for index, (result, plain, exact) in enumerate(zip(results, reference, truth, strict=True)):
+            agreement = compare(result, plain, exact)
+            worst = max(worst, agreement.worst)
+            if not agreement.ok and not reason:
+                reason = f"result {index} {agreement}"
+        return worst, reason
+
+
+_FORMS: dict[str, Callable[[torch.Tensor], Any]] = {
+    "shapes": lambda tensor: tuple(tensor.shape),
+    "dtypes": lambda tensor: str(tensor.dtype).removeprefix("torch."),
+}
+
+
+def _poison(like: Tensors) -> None:
+    """Leave NaN in the memory that the allocator will hand out next for tensors like these."""
+    poisoned = [torch.empty_like(tensor) for tensor in like]
+    for tensor in poisoned:
+        if tensor.is_floating_point():
+            tensor.fill_(torch.nan)

@@ -1,0 +1,49 @@
+"""The errors that tilewright raises.
+
+Every message names the operation, the argument, what came, what was expected and what to do about it. Errors about
+arguments are also ``ValueError`` or ``TypeError``, so that callers who know nothing of tilewright can catch them.
+"""
+
+from __future__ import annotations
+
+
+class TilewrightError(Exception):
+    """Base class of every error that tilewright raises on purpose."""
+
+
+class ArgumentError(TilewrightError, ValueError):
+    """An argument has a value, shape, layout or device that the operation does not accept.
+
+    Attributes:
+        operation: name of the public function, such as ``"rope"``.
+        argument: name of the offending argument, such as ``"cu_seqlens"``.
+    """
+
+    def __init__(self, operation: str, argument: str, message: str) -> None:
+        super().__init__(f"{operation}: argument '{argument}': {message}")
+        self.operation = operation
+        self.argument = argument
+
+
+class DTypeError(ArgumentError, TypeError):
+    """An argument has a dtype that the operation does not accept."""
+
+
+class ImplementationError(TilewrightError, RuntimeError):
+    """The implementation that was asked for cannot serve this call. It is never replaced by another one silently."""
+
+
+class UnknownNameError(TilewrightError, LookupError):
+    """A name (of an operation, an implementation, a workload) is not known."""
+
+
+class SettingError(TilewrightError, ValueError):
+    """An environment variable of tilewright has a value that cannot be understood."""
+
+
+class MissingDependencyError(TilewrightError, ImportError):
+    """An optional package that this feature needs is missing or broken."""
+
+
+class BenchmarkError(TilewrightError, RuntimeError):
+    """A benchmark cannot give an honest number, for example because a provider's result is wrong."""

@@ -1,0 +1,289 @@
+"""A small decoder in the manner of Llama, over bytes: RMS norm, grouped-query attention, RoPE, SwiGLU."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from tilewright.errors import ArgumentError
+
+if TYPE_CHECKING:
+    from tilewright.models.parts import Parts
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """The decoder's sizes.
+
+    Attributes:
+        layers: blocks of attention and feed-forward.
+        width: size of the residual stream.
+        heads: query heads.
+        kv_heads: key and value heads; each serves ``heads / kv_heads`` query heads.
+        head_dim: size of a head, even.
+        ffn_width: size of the feed-forward's middle.
+        context: bytes that a prediction can see.
+        rope_base: the base of RoPE's angles.
+        vocab: how many tokens there are: one per byte value.
+    """
+
+    layers: int
+    width: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    ffn_width: int
+    context: int
+    rope_base: float = 10000.0
+    vocab: int = 256
+
+    def __post_init__(self) -> None:
+        if self.kv_heads < 1 or self.heads % self.kv_heads:
+            message = f"got {self.kv_heads}, expected a divisor of the {self.heads} query heads"
+            raise ArgumentError("DecoderConfig", "kv_heads", message)
+        if self.head_dim < 2 or self.head_dim % 2:
+            message = f"got {self.head_dim}, expected an even number: RoPE turns pairs"
+            raise ArgumentError("DecoderConfig", "head_dim", message)
+
+
+class KeyValueCache:
+    """The keys and values of the bytes read so far, rotated already, for every layer."""
+
+    def __init__(self, model: Decoder, batch: int, dtype: torch.dtype) -> None:
+        config = model.config
+        shape = (config.layers, batch, config.context, config.kv_heads, config.head_dim)
+        self.length = 0
+        self.keys = torch.empty(shape, device=model.device, dtype=dtype)
+        self.values = torch.empty(shape, device=model.device, dtype=dtype)
+
+    def extend(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write the new rows of one layer behind the old ones and give all of them.
+
+        Args:
+            layer: index of the layer.
+            k, v: [batch, seq, kv_heads, head_dim].
+        """
+        end = self.length + k.shape[1]
+        self.keys[layer, :, self.length : end] = k
+        self.values[layer, :, self.length : end] = v
+        return self.keys[layer, :, :end], self.values[layer, :, :end]
+
+
+class Attention(nn.Module):
+    """Causal grouped-query attention with RoPE."""
+
+    def __init__(self, config: DecoderConfig, parts: Parts, layer: int) -> None:
+        super().__init__()
+        self.config = config
+        self.parts = parts
+        self.layer = layer
+        self.heads = (config.heads, config.kv_heads, config.kv_heads)
+        self.qkv = _linear(config.width, sum(self.heads) * config.head_dim)
+        self.out = _linear(config.heads * config.head_dim, config.width)
+
+    def forward(
+        self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, cache: KeyValueCache | None
+    ) -> torch.Tensor:
+        """[batch, seq, width] to the same."""
+        batch, seq, _ = x.shape
+        start = cache.length if cache else 0
+        q, k, v = self.qkv(x).view(batch, seq, -1, self.config.head_dim).split(self.heads, dim=2)
+        q, k = self.parts.rope.compute(q, k, cos, sin, start)  # [batch, seq, heads, head_dim]
+        if cache:
+            k, v = cache.extend(self.layer, k, v)
+        # Behind a filled cache the queries are the last rows of a square, of which is_causal would take the first.
+        mask = torch.ones(seq, start + seq, dtype=torch.bool, device=x.device).tril(start) if start else None
+        y = F.scaled_dot_product_attention(
+            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask, is_causal=mask is None, enable_gqa=True
+        )
+        out: torch.Tensor = self.out(y.transpose(1, 2).reshape(batch, seq, -1))
+        return out
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: ``down(silu(gate) * up)``."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.gate_up = _linear(config.width, 2 * config.ffn_width)
+        self.down = _linear(config.ffn_width, config.width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[batch, seq, width] to the same."""
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        out: torch.Tensor = self.down(F.silu(gate) * up)
+        return out
+
+
+class Block(nn.Module):
+    """Attention and feed-forward, each behind a norm and around a residual."""
+
+    def __init__(self, config: DecoderConfig, parts: Parts, layer: int) -> None:
+        super().__init__()
+        self.attention_norm = _norm(config)
+        self.attention = Attention(config, parts, layer)
+        self.ffn_norm = _norm(config)
+        self.ffn = FeedForward(config)
+
+    def forward(
+        self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, cache: KeyValueCache | None
+    ) -> torch.Tensor:
+        """[batch, seq, width] to the same."""
+        x = x + self.attention(self.attention_norm(x), cos, sin, cache)
+        out: torch.Tensor = x + self.ffn(self.ffn_norm(x))
+        return out
+
+
+class Decoder(nn.Module):
+    """The decoder. Its weights depend on ``config`` and ``seed`` alone.
+
+    They are drawn in float32 on the CPU and then cast, so that models in different dtypes, on different devices and
+    with different parts start from the same numbers. Set dtype and device here and not with ``to``: a float64 model
+    has RoPE tables computed in float64, every other model has float32 tables.
+
+    Args:
+        config: the sizes.
+        parts: who computes the swappable parts.
+        seed: draws the weights.
+        device: where the model lies.
+        dtype: the dtype of its weights.
+    """
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+
+    def __init__(
+        self,
+        config: DecoderConfig,
+        parts: Parts,
+        *,
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        import tilewright
+
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab, config.width, device="meta")
+        self.blocks = nn.ModuleList(Block(config, parts, layer) for layer in range(config.layers))
+        self.norm = _norm(config)
+        self.head = _linear(config.width, config.vocab)
+        self._draw_weights(seed)
+        table_dtype = torch.promote_types(dtype, torch.float32)
+        table = tilewright.rope_table(config.head_dim, config.context, base=config.rope_base, dtype=table_dtype)
+        self.to(device=device, dtype=dtype)
+        self.register_buffer("cos", table.cos.to(device), persistent=False)
+        self.register_buffer("sin", table.sin.to(device), persistent=False)
+
+    @torch.no_grad()
+    def _draw_weights(self, seed: int) -> None:
+        self.to_empty(device="cpu")
+        generator = torch.Generator().manual_seed(seed)
+        for name, weight in self.named_parameters():
+            if weight.ndim == 1:  # a norm
+                weight.fill_(1.0)
+                continue
+            std = weight.shape[1] ** -0.5
+            if name.endswith(("out.weight", "down.weight")):  # what is added up in the residual stream
+                std /= math.sqrt(2 * self.config.layers)
+            weight.normal_(std=0.02 if name.startswith(("embedding", "head")) else std, generator=generator)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model lies."""
+        return self.head.weight.device
+
+    @property
+    def n_parameters(self) -> int:
+        """How many weights the model has."""
+        return sum(weight.numel() for weight in self.parameters())
+
+    def forward(self, tokens: torch.Tensor, cache: KeyValueCache | None = None) -> torch.Tensor:
+        """Predict the byte behind each byte.
+
+        Args:
+            tokens: [batch, seq] int64, those behind the cached ones if there is a cache.
+            cache: the bytes read before; extended by ``tokens``.
+
+        Returns:
+            Logits, [batch, seq, vocab].
+
+        Raises:
+            ArgumentError: ``tokens`` reach past the context.
+        """
+        end = tokens.shape[1] + (cache.length if cache else 0)
+        if end > self.config.context:
+            raise ArgumentError("Decoder", "tokens", f"reach to {end}, past the context of {self.config.context}")
+        x = self.embedding(tokens)
+        for block in self.blocks:
+            x = block(x, self.cos, self.sin, cache)
+        if cache:
+            cache.length = end
+        logits: torch.Tensor = self.head(self.norm(x))
+        return logits
+
+    def loss(self, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """The mean cross-entropy in nats per byte, in float32 at least; both arguments [batch, seq] int64."""
+        logits = self(tokens).flatten(0, 1)
+        return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets.flatten())
+
+
+@torch.no_grad()
+def generate(
+    model: Decoder, prompt: torch.Tensor, n_bytes: int, *, temperature: float = 0.7, seed: int = 0
+) -> torch.Tensor:
+    """Continue a text, byte by byte, with a cache of keys and values.
+
+    When the context is full, its last half is read again and becomes the beginning of a fresh one.
+
+    Args:
+        model: the decoder.
+        prompt: the text to continue, [n] uint8, not empty.
+        n_bytes: how many bytes to add.
+        temperature: divides the logits before a byte is drawn.
+        seed: draws the bytes.
+
+    Returns:
+        The prompt and what follows it, [n + n_bytes] uint8 on the CPU.
+
+    Raises:
+        ArgumentError: the prompt is empty or longer than the context.
+    """
+    if not 0 < len(prompt) <= model.config.context:
+        message = f"got {len(prompt)} bytes, expected between 1 and the context of {model.config.context}"
+        raise ArgumentError("generate", "prompt", message)
+    generator = torch.Generator().manual_seed(seed)
+    text = prompt.long().cpu()
+    cache = KeyValueCache(model, 1, _compute_dtype(model))
+    unread = text
+    for _ in range(n_bytes):
+        if cache.length + len(unread) > model.config.context:
+            cache.length = 0
+            unread = text[-(model.config.context // 2 + 1) :]
+        logits = model(unread[None].to(model.device), cache)[0, -1]
+        # Drawn in float64 on the CPU, so that the device does not change what a seed means.
+        chances = (logits.cpu().double() / temperature).softmax(0)
+        unread = torch.multinomial(chances, 1, generator=generator)
+        text = torch.cat((text, unread))
+    return text.to(torch.uint8)
+
+
+def _compute_dtype(model: Decoder) -> torch.dtype:
+    """The dtype of keys and values: autocast's, where it is on."""
+    kind = model.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else model.head.weight.dtype
+
+
+def _linear(n_in: int, n_out: int) -> nn.Linear:
+    # Weights get their values, and their memory, when all of them are drawn.
+    return nn.Linear(n_in, n_out, bias=False, device="meta")
+
+
+def _norm(config: DecoderConfig) -> nn.RMSNorm:
+    return nn.RMSNorm(config.width, eps=1e-6, device="meta")

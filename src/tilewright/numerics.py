@@ -1,0 +1,111 @@
+"""The numerics policy: one rule for how far a result may lie from the truth.
+
+The truth is an operation's reference evaluated in float64. A result in a lower precision may be off by twice the error
+that the reference itself makes in that precision, plus one rounding of the output dtype::
+
+    |result - truth| <= 2 * max|reference - truth| + eps(dtype) * |truth|
+
+Nothing is more precise than float64 here, so a float64 reference is taken to be off by half a unit in the last place
+of the largest value. A result that sums ``reduced`` rows may be off by ``sqrt(reduced)`` times as much, because its order of summation is
+its own. No other tolerance exists in the project.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import torch
+
+REFERENCE_ERRORS = 2.0
+"""How many times the reference's own error a result may be off."""
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How a result compares with the truth.
+
+    Attributes:
+        ok: every element lies within its budget and has a NaN exactly where the truth has one.
+        error: the largest absolute error of the result.
+        reference_error: the largest absolute error of the same-dtype reference.
+        worst: the largest ratio of error to budget; at most 1 when ``ok``.
+    """
+
+    ok: bool
+    error: float
+    reference_error: float
+    worst: float
+
+    def __str__(self) -> str:
+        verdict = "agrees" if self.ok else "DISAGREES"
+        return (
+            f"{verdict}: largest error {self.error:.3e}, the reference's own {self.reference_error:.3e}, "
+            f"{self.worst:.2f} of the budget used"
+        )
+
+
+def compare(result: torch.Tensor, reference: torch.Tensor, truth: torch.Tensor, *, reduced: int = 1) -> Agreement:
+    """Hold ``result`` against the policy.
+
+    Args:
+        result: what is judged, any dtype and shape.
+        reference: the reference in the same dtype as ``result``, same shape.
+        truth: the reference in float64, same shape.
+        reduced: how many rows each element sums over.
+    """
+    import torch
+
+    if result.shape != truth.shape or reference.shape != truth.shape:
+        return Agreement(False, math.inf, math.nan, math.inf)
+    if truth.numel() == 0:
+        return Agreement(True, 0.0, 0.0, 0.0)
+    truth = truth.double()
+    finite = torch.isfinite(truth)
+    same_class = (torch.isfinite(result) == finite) & (torch.isnan(result) == torch.isnan(truth))
+    error = (result.double() - truth).abs().masked_fill(~finite, 0.0)
+    reference_error = (reference.double() - truth).abs().masked_fill(~finite, 0.0).max()
+    scale = math.sqrt(reduced)
+    eps = torch.finfo(result.dtype).eps
+    if result.dtype == torch.float64:
+        reference_error = 0.5 * eps * truth.abs().masked_fill(~finite, 0.0).max()
+    budget = scale * (REFERENCE_ERRORS * reference_error + eps * truth.abs().masked_fill(~finite, 0.0))
+    # Where even the budget is zero, an exact result is asked for: 0 / 0 counts as none of the budget used.
+    used = torch.where(error > 0, error / budget, torch.zeros_like(error))
+    worst = float(used.max())
+    ok = bool(same_class.all()) and bool((error <= budget).all())
+    return Agreement(ok, float(error.max()), float(reference_error), worst)
+
+
+def compare_curves(
+    curve: Sequence[float], reference: Sequence[float], truth: Sequence[float], *, dtype: torch.dtype
+) -> Agreement:
+    """Hold a training curve against the policy.
+
+    The truth is the curve of the same training in float64, the reference that of plain PyTorch parts in ``dtype``. A
+    step's loss depends on every step before it, so the error allowed at a step is the largest one the reference has
+    made up to there, and its rounding counts once for each step so far, adding up as a random walk.
+
+    Args:
+        curve, reference, truth: one loss per step, of one length.
+        dtype: the dtype in which the model computes.
+    """
+    import torch
+
+    if not len(curve) == len(reference) == len(truth):
+        return Agreement(False, math.inf, math.nan, math.inf)
+    eps = torch.finfo(dtype).eps
+    largest_error = largest_reference = worst = 0.0
+    ok = True
+    for step, (value, plain, exact) in enumerate(zip(curve, reference, truth, strict=True), start=1):
+        error = abs(value - exact)
+        largest_reference = max(largest_reference, abs(plain - exact))
+        budget = REFERENCE_ERRORS * largest_reference + eps * abs(exact) * math.sqrt(step)
+        ok = ok and error <= budget  # False for NaN as well
+        largest_error = max(largest_error, error)
+        worst = max(worst, error / budget if budget else 0.0)
+    return Agreement(ok, largest_error, largest_reference, worst)

@@ -1,0 +1,133 @@
+"""What an operation family says of itself as data, and from which tests, benchmarks and tables are derived.
+
+Each family's ``spec.py`` holds one :class:`Family`. Nobody retypes a shape list: the test grid runs over ``cases`` and
+``invalid_cases``, the benchmark over ``workloads``, the documentation over all of them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    import torch
+
+    from tilewright.errors import TilewrightError
+
+Direction = Literal["forward", "backward"]
+
+
+class Arguments(NamedTuple):
+    """Arguments of a public function, ready for ``function(*args, **kwargs)``."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+class Case(Protocol):
+    """One point of the test grid: a valid call of a public function, on random data."""
+
+    @property
+    def id(self) -> str:
+        """Unique and readable, such as ``"bhsd-interleaved-position_ids"``."""
+
+    @property
+    def function(self) -> str:
+        """Name of the public function, an attribute of ``tilewright``."""
+
+    @property
+    def dtypes(self) -> tuple[torch.dtype, ...]:
+        """The dtypes in which the case runs."""
+
+    def arguments(self, device: torch.device, dtype: torch.dtype, seed: int = 0) -> Arguments:
+        """The call. Equal seeds give equal values on every device."""
+
+    def truth_arguments(self, arguments: Arguments) -> Arguments:
+        """The same call in float64; what the case's numerics round first is rounded here."""
+
+    def definition(self, arguments: Arguments) -> tuple[torch.Tensor, ...]:
+        """The results by ``reference.py`` alone, in plain PyTorch that autograd differentiates."""
+
+    def differentiable(self, arguments: Arguments) -> tuple[torch.Tensor, ...]:
+        """The tensors among ``arguments`` that have gradients."""
+
+
+@dataclass(frozen=True)
+class InvalidCase:
+    """A call that must raise before any launch.
+
+    Attributes:
+        id: unique and readable.
+        function: name of the public function.
+        build: makes the call for a device.
+        error: the error's type.
+        argument: the argument that the error names.
+    """
+
+    id: str
+    function: str
+    build: Callable[[torch.device], Arguments]
+    error: type[TilewrightError]
+    argument: str
+
+
+class Workload(Protocol):
+    """One shape that the benchmark measures."""
+
+    @property
+    def name(self) -> str:
+        """Unique and readable, such as ``"b4 s2048 h32 d128"``."""
+
+    @property
+    def sweep(self) -> str:
+        """What varies in the series that the workload belongs to, such as ``"sequence length"``."""
+
+    @property
+    def value(self) -> int:
+        """The workload's place on the axis of its sweep."""
+
+    @property
+    def parameters(self) -> Mapping[str, int | str | bool]:
+        """The shape, for the record."""
+
+    @property
+    def function(self) -> str:
+        """Name of the public function that is measured."""
+
+    def arguments(self, device: torch.device, dtype: torch.dtype, seed: int = 0) -> Arguments:
+        """The call."""
+
+    def bytes_moved(self, dtype: torch.dtype, direction: Direction) -> int:
+        """Compulsory traffic of one call: each input read once, each output written once."""
+
+    def flops(self, direction: Direction) -> int:
+        """Floating-point operations of one call."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """One folder of ``ops/``.
+
+    Attributes:
+        name: the folder's name, such as ``"rope"``.
+        summary: one line.
+        functions: names of the public functions, attributes of ``tilewright``.
+        operators: names of the registered operators in ``torch.ops.tilewright``.
+        dtypes: the dtypes that the implementations accept.
+        layouts: the memory layouts, for the documentation.
+        cases: the test grid, edge cases included.
+        invalid_cases: the calls that must raise.
+        workloads: the shapes that the benchmark measures.
+    """
+
+    name: str
+    summary: str
+    functions: tuple[str, ...]
+    operators: tuple[str, ...]
+    dtypes: tuple[torch.dtype, ...]
+    layouts: tuple[str, ...]
+    cases: tuple[Case, ...]
+    invalid_cases: tuple[InvalidCase, ...]
+    workloads: tuple[Workload, ...]

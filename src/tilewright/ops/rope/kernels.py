@@ -1,0 +1,362 @@
+"""The Triton kernel of rotary embedding: one body for every layout, pairing, position mode and direction.
+
+A program rotates a tile of tokens x heads. The heads of ``q`` and ``k`` are tiles of one grid, so both take one launch.
+Loads of ``x`` are issued first and everything else is computed while they are under way. A pair is loaded whole before
+either member is stored, so writing in place is safe. The table is kept in L2 (``evict_last``) while ``x`` streams by:
+without that, each sequence of a batch fetches it from memory again.
+
+Multiply-add contraction is off, so that a product is rounded before it is added, as in the reference.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import triton
+import triton.language as tl
+
+from tilewright.dispatch.launch import BoundKernel
+from tilewright.errors import ArgumentError
+from tilewright.ops.rope.call import LAYOUTS
+from tilewright.ops.rope.launch import launch_parameters
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from tilewright.ops.rope.call import Inputs, RopeCall
+
+_COMPUTE = {torch.float32: tl.float32, torch.float64: tl.float64}
+_MAX_PROGRAMS = 2**31 - 1
+
+
+@triton.jit
+def _sequence_of(token, cu_seqlens_ptr, stride_cu, n_sequences, search_steps, CP_SIZE: tl.constexpr):
+    """Binary search for the last sequence that starts at or before each packed token, int64 [BLOCK_T]."""
+    low = tl.zeros_like(token)
+    high = low + n_sequences
+    for _ in range(search_steps):
+        middle = (low + high + 1) // 2
+        starts_before = tl.load(cu_seqlens_ptr + middle * stride_cu).to(tl.int64) // CP_SIZE <= token
+        low = tl.where(starts_before, middle, low)
+        high = tl.where(starts_before, high, middle - 1)
+    return low
+
+
+@triton.jit
+def _computed_position(
+    batch, token, token_mask, offset_ptr, cu_seqlens_ptr, offset, stride_offset, stride_cu, seqlen, n_sequences,
+    search_steps, cp_rank, CP_SIZE: tl.constexpr,
+):  # fmt: skip
+    """Position of each token from its place in its sequence, int64 [BLOCK_T]; -1 for tokens outside all sequences."""
+    if cu_seqlens_ptr is None:
+        sequence = batch + tl.zeros_like(token)
+        index = token
+        length = seqlen
+        inside = token_mask
+    else:
+        sequence = _sequence_of(token, cu_seqlens_ptr, stride_cu, n_sequences, search_steps, CP_SIZE)
+        inside = token_mask & (sequence < n_sequences)
+        start = tl.load(cu_seqlens_ptr + sequence * stride_cu, inside, 0).to(tl.int64) // CP_SIZE
+        end = tl.load(cu_seqlens_ptr + (sequence + 1) * stride_cu, inside, 0).to(tl.int64) // CP_SIZE
+        index = token - start
+        length = end - start
+        inside = inside & (index >= 0)
+    position = index + offset
+    if offset_ptr is not None:
+        position += tl.load(offset_ptr + sequence * stride_offset, inside, 0).to(tl.int64)
+    if CP_SIZE > 1:  # a rank holds chunk `cp_rank` and its mirror image of 2 * CP_SIZE chunks
+        half = length // 2
+        position += tl.where(index < half, cp_rank * half, length * CP_SIZE - (cp_rank + 2) * half)
+    return tl.where(inside, position, -1)
+
+
+@triton.jit
+def _mrope_axis(pair, MROPE_T: tl.constexpr, MROPE_H: tl.constexpr, MROPE_W: tl.constexpr, INTERLEAVED: tl.constexpr):
+    """Which of the three rows of positions each pair follows, int32 [BLOCK_P]."""
+    if INTERLEAVED:
+        axis = tl.where((pair % 3 == 1) & (pair < 3 * MROPE_H), 1, 0)
+        axis = tl.where((pair % 3 == 2) & (pair < 3 * MROPE_W), 2, axis)
+    else:
+        axis = (pair >= MROPE_T).to(tl.int32) + (pair >= MROPE_T + MROPE_H).to(tl.int32)
+    return axis
+
+
+@triton.jit
+def _cos_sin(
+    cos_ptr, sin_ptr, entry, valid, X_DTYPE: tl.constexpr, COMPUTE: tl.constexpr, ROUND_TABLE: tl.constexpr
+):  # fmt: skip
+    """Cosine and sine of one table column per pair, each [BLOCK_T, BLOCK_P]; no rotation where invalid."""
+    if sin_ptr is None:  # the table holds angles
+        angle = tl.load(cos_ptr + entry, valid, 0.0, eviction_policy="evict_last").to(COMPUTE)
+        cos = tl.cos(angle)
+        sin = tl.sin(angle)
+    else:
+        cos = tl.load(cos_ptr + entry, valid, 1.0, eviction_policy="evict_last")
+        sin = tl.load(sin_ptr + entry, valid, 0.0, eviction_policy="evict_last")
+    if ROUND_TABLE:
+        cos = cos.to(X_DTYPE)
+        sin = sin.to(X_DTYPE)
+    return cos.to(COMPUTE), sin.to(COMPUTE)
+
+
+@triton.jit
+def _rotation(
+    cos_ptr, sin_ptr, position, pair, valid, stride_table_position, stride_table_dim,
+    X_DTYPE: tl.constexpr, COMPUTE: tl.constexpr, N_PAIRS: tl.constexpr, FULL_TABLE: tl.constexpr,
+    INTERLEAVED: tl.constexpr, ROUND_TABLE: tl.constexpr, INVERSE: tl.constexpr, TRANSPOSE: tl.constexpr,
+):  # fmt: skip
+    """The 2 x 2 matrix of each pair, as its four entries, each [BLOCK_T, BLOCK_P] in the arithmetic's dtype."""
+    if FULL_TABLE and INTERLEAVED:
+        column_1 = 2 * pair
+        column_2 = 2 * pair + 1
+    else:
+        column_1 = pair
+        column_2 = pair + N_PAIRS
+    row = position * stride_table_position
+    cos_1, sin_1 = _cos_sin(cos_ptr, sin_ptr, row + column_1 * stride_table_dim, valid, X_DTYPE, COMPUTE, ROUND_TABLE)
+    cos_2 = cos_1
+    sin_2 = sin_1
+    if FULL_TABLE:
+        entry_2 = row + column_2 * stride_table_dim
+        cos_2, sin_2 = _cos_sin(cos_ptr, sin_ptr, entry_2, valid, X_DTYPE, COMPUTE, ROUND_TABLE)
+    m11 = cos_1
+    m12 = -sin_1
+    m21 = sin_2
+    m22 = cos_2
+    if INVERSE:
+        determinant = cos_1 * cos_2 + sin_1 * sin_2
+        m11 = cos_2 / determinant
+        m12 = sin_1 / determinant
+        m21 = -sin_2 / determinant
+        m22 = cos_1 / determinant
+    if TRANSPOSE:
+        m12, m21 = m21, m12
+    return m11, m12, m21, m22
+
+
+@triton.jit
+def _copy(
+    x_ptr, y_ptr, x_row, y_row, row_mask, stride_x_dim, stride_y_dim,
+    START: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Carry features START .. START + SIZE over unrotated."""
+    dim = START + tl.arange(0, BLOCK)
+    mask = row_mask & (dim < START + SIZE)[None, None, :]
+    value = tl.load(x_ptr + x_row + dim[None, None, :] * stride_x_dim, mask)
+    tl.store(y_ptr + y_row + dim[None, None, :] * stride_y_dim, value, mask)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "offset", "seqlen", "n_q_heads", "n_k_heads", "n_positions", "n_sequences", "search_steps", "cp_rank",
+    ]
+)  # fmt: skip
+def rope_kernel(
+    q_ptr, k_ptr, q_out_ptr, k_out_ptr, cos_ptr, sin_ptr, position_ptr, offset_ptr, cu_seqlens_ptr,
+    offset,
+    stride_q_batch, stride_q_token, stride_q_head, stride_k_batch, stride_k_token, stride_k_head,
+    stride_q_out_batch, stride_q_out_token, stride_q_out_head,
+    stride_k_out_batch, stride_k_out_token, stride_k_out_head,
+    stride_table_position, stride_table_dim,
+    stride_position_row, stride_position_batch, stride_position_token, stride_offset, stride_cu,
+    seqlen, n_q_heads, n_k_heads, n_positions, n_sequences, search_steps, cp_rank,
+    STRIDE_Q_DIM: tl.constexpr, STRIDE_K_DIM: tl.constexpr,
+    STRIDE_Q_OUT_DIM: tl.constexpr, STRIDE_K_OUT_DIM: tl.constexpr,
+    HEAD_DIM: tl.constexpr, N_PAIRS: tl.constexpr, ROTARY_OFFSET: tl.constexpr, INTERLEAVED: tl.constexpr,
+    FULL_TABLE: tl.constexpr, ROUND_TABLE: tl.constexpr, INVERSE: tl.constexpr, TRANSPOSE: tl.constexpr,
+    CP_SIZE: tl.constexpr, MROPE_T: tl.constexpr, MROPE_H: tl.constexpr, MROPE_W: tl.constexpr,
+    MROPE_INTERLEAVED: tl.constexpr, COPY_REST: tl.constexpr, COMPUTE: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_P: tl.constexpr,
+    BLOCK_BEFORE: tl.constexpr, BLOCK_AFTER: tl.constexpr,
+):  # fmt: skip
+    # The grid is one axis over (batch, tile of tokens, tile of q's heads then k's), the heads fastest.
+    n_q_tiles = tl.cdiv(n_q_heads, BLOCK_H)
+    n_tiles = n_q_tiles
+    if k_ptr is not None:
+        n_tiles += tl.cdiv(n_k_heads, BLOCK_H)
+    n_token_tiles = tl.cdiv(seqlen, BLOCK_T)
+    tile = tl.program_id(0) % n_tiles
+    row = tl.program_id(0) // n_tiles
+    batch = (row // n_token_tiles).to(tl.int64)
+    token = (row % n_token_tiles).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    token_mask = token < seqlen
+
+    x_ptr = q_ptr
+    y_ptr = q_out_ptr
+    stride_x_batch = stride_q_batch
+    stride_x_token = stride_q_token
+    stride_x_head = stride_q_head
+    stride_y_batch = stride_q_out_batch
+    stride_y_token = stride_q_out_token
+    stride_y_head = stride_q_out_head
+    stride_x_dim = STRIDE_Q_DIM
+    stride_y_dim = STRIDE_Q_OUT_DIM
+    n_heads = n_q_heads
+    first_head = tile * BLOCK_H
+    if k_ptr is not None:
+        if STRIDE_Q_DIM != STRIDE_K_DIM:
+            stride_x_dim = tl.where(tile < n_q_tiles, STRIDE_Q_DIM, STRIDE_K_DIM)
+        if STRIDE_Q_OUT_DIM != STRIDE_K_OUT_DIM:
+            stride_y_dim = tl.where(tile < n_q_tiles, STRIDE_Q_OUT_DIM, STRIDE_K_OUT_DIM)
+        if tile >= n_q_tiles:
+            x_ptr = k_ptr
+            y_ptr = k_out_ptr
+            stride_x_batch = stride_k_batch
+            stride_x_token = stride_k_token
+            stride_x_head = stride_k_head
+            stride_y_batch = stride_k_out_batch
+            stride_y_token = stride_k_out_token
+            stride_y_head = stride_k_out_head
+            n_heads = n_k_heads
+            first_head = (tile - n_q_tiles) * BLOCK_H
+    head = first_head.to(tl.int64) + tl.arange(0, BLOCK_H)
+    row_mask = token_mask[:, None, None] & (head < n_heads)[None, :, None]
+    x_ptr += batch * stride_x_batch
+    y_ptr += batch * stride_y_batch
+    x_row = (token * stride_x_token)[:, None, None] + (head * stride_x_head)[None, :, None]
+    y_row = (token * stride_y_token)[:, None, None] + (head * stride_y_head)[None, :, None]
+
+    pair = tl.arange(0, BLOCK_P)
+    if INTERLEAVED:  # one wide load, taken apart in registers
+        column = tl.arange(0, 2 * BLOCK_P)
+        mask = row_mask & (column < 2 * N_PAIRS)[None, None, :]
+        dim = (ROTARY_OFFSET + column)[None, None, :]
+        x = tl.load(x_ptr + x_row + dim * stride_x_dim, mask, 0.0)  # [BLOCK_T, BLOCK_H, 2 * BLOCK_P]
+        x_1, x_2 = tl.split(tl.reshape(x, (BLOCK_T, BLOCK_H, BLOCK_P, 2)))
+    else:
+        mask = row_mask & (pair < N_PAIRS)[None, None, :]
+        dim = (ROTARY_OFFSET + pair)[None, None, :]
+        x_1 = tl.load(x_ptr + x_row + dim * stride_x_dim, mask, 0.0)  # [BLOCK_T, BLOCK_H, BLOCK_P]
+        x_2 = tl.load(x_ptr + x_row + (dim + N_PAIRS) * stride_x_dim, mask, 0.0)
+
+    if position_ptr is None:
+        position = _computed_position(
+            batch, token, token_mask, offset_ptr, cu_seqlens_ptr, offset, stride_offset, stride_cu, seqlen,
+            n_sequences, search_steps, cp_rank, CP_SIZE,
+        )[:, None]  # fmt: skip
+    else:
+        position_row = (batch * stride_position_batch + token * stride_position_token)[:, None]
+        if MROPE_T + MROPE_H + MROPE_W > 0:
+            axis = _mrope_axis(pair, MROPE_T, MROPE_H, MROPE_W, MROPE_INTERLEAVED)
+            position_row += (axis.to(tl.int64) * stride_position_row)[None, :]
+        position = tl.load(position_ptr + position_row, token_mask[:, None], -1).to(tl.int64)
+    # A position outside the table leaves its token, under MRoPE its pair, unrotated; no access is out of bounds.
+    valid = (position >= 0) & (position < n_positions) & (pair < N_PAIRS)[None, :]
+    m11, m12, m21, m22 = _rotation(
+        cos_ptr, sin_ptr, position, pair[None, :], valid, stride_table_position, stride_table_dim,
+        q_ptr.dtype.element_ty, COMPUTE, N_PAIRS, FULL_TABLE, INTERLEAVED, ROUND_TABLE, INVERSE, TRANSPOSE,
+    )  # fmt: skip
+
+    x_1 = x_1.to(COMPUTE)
+    x_2 = x_2.to(COMPUTE)
+    y_1 = (x_1 * m11[:, None, :] + x_2 * m12[:, None, :]).to(y_ptr.dtype.element_ty)
+    y_2 = (x_1 * m21[:, None, :] + x_2 * m22[:, None, :]).to(y_ptr.dtype.element_ty)
+    if INTERLEAVED:
+        y = tl.reshape(tl.join(y_1, y_2), (BLOCK_T, BLOCK_H, 2 * BLOCK_P))
+        tl.store(y_ptr + y_row + dim * stride_y_dim, y, mask)
+    else:
+        tl.store(y_ptr + y_row + dim * stride_y_dim, y_1, mask)
+        tl.store(y_ptr + y_row + (dim + N_PAIRS) * stride_y_dim, y_2, mask)
+
+    AFTER: tl.constexpr = ROTARY_OFFSET + 2 * N_PAIRS
+    if COPY_REST and ROTARY_OFFSET > 0:
+        _copy(x_ptr, y_ptr, x_row, y_row, row_mask, stride_x_dim, stride_y_dim, 0, ROTARY_OFFSET, BLOCK_BEFORE)
+    if COPY_REST and AFTER < HEAD_DIM:
+        _copy(x_ptr, y_ptr, x_row, y_row, row_mask, stride_x_dim, stride_y_dim, AFTER, HEAD_DIM - AFTER, BLOCK_AFTER)
+
+
+def plan(
+    call: RopeCall, inputs: Inputs, outputs: tuple[torch.Tensor, torch.Tensor | None]
+) -> Callable[[Inputs, int, tuple[torch.Tensor, torch.Tensor | None]], None]:
+    """Prepare the launch for tensors of this metadata; ``inputs`` and ``outputs`` themselves are not kept."""
+    q, k = inputs.q, inputs.k
+    block = launch_parameters(call, q)
+    n_tiles = -(-call.n_q_heads // block.heads) + -(-call.n_k_heads // block.heads)
+    programs = call.batch * -(-call.seqlen // block.tokens) * n_tiles
+    if programs == 0:
+        return lambda inputs, offset, outputs: None
+    if programs > _MAX_PROGRAMS:
+        raise ArgumentError("rope", "q", f"needs {programs} programs; one launch has at most {_MAX_PROGRAMS}")
+    if inputs.sin is not None and inputs.sin.stride() != inputs.cos.stride():
+        return _with_equal_tables(call, inputs, outputs)
+    in_place = outputs[0] is q
+    axes = LAYOUTS[call.options.layout]
+    x_strides = [
+        stride
+        for tensor in (q, k, *outputs)
+        for stride in ((0, 0, 0) if tensor is None else _strides(tensor, axes))
+    ]
+    cp_rank, cp_size = call.options.context_parallel or (0, 1)
+    section = call.options.mrope_section or (0, 0, 0)
+    after = call.head_dim - call.options.rotary_offset - call.rotary_dim
+    tail = (
+        *x_strides,
+        *inputs.cos.stride(),
+        *_position_strides(call, inputs),
+        0 if inputs.offsets is None else inputs.offsets.stride(0),
+        0 if inputs.cu_seqlens is None else inputs.cu_seqlens.stride(0),
+        call.seqlen,
+        call.n_q_heads,
+        call.n_k_heads,
+        call.n_positions,
+        call.n_sequences,
+        call.n_sequences.bit_length(),
+        cp_rank,
+        *(1 if tensor is None else tensor.stride(-1) for tensor in (q, k, *outputs)),
+        call.head_dim,
+        call.n_pairs,
+        call.options.rotary_offset,
+        call.options.interleaved,
+        call.full_table,
+        call.options.numerics == "hf",
+        call.options.inverse,
+        call.options.transpose,
+        cp_size,
+        *section,
+        call.options.mrope_interleaved,
+        not in_place,
+        _COMPUTE[call.compute_dtype],
+        block.tokens,
+        block.heads,
+        triton.next_power_of_2(call.n_pairs),
+        triton.next_power_of_2(max(1, call.options.rotary_offset)),
+        triton.next_power_of_2(max(1, after)),
+    )
+    options = {"num_warps": block.num_warps, "enable_fp_fusion": False}
+    kernel = BoundKernel(rope_kernel, programs, q.device, tail, options)
+
+    def run(inputs: Inputs, offset: int, outputs: tuple[torch.Tensor, torch.Tensor | None]) -> None:
+        q, k, cos, sin, position_ids, offsets, cu_seqlens = inputs
+        kernel((q, k, *outputs, cos, sin, position_ids, offsets, cu_seqlens), offset)
+
+    return run
+
+
+def _with_equal_tables(
+    call: RopeCall, inputs: Inputs, outputs: tuple[torch.Tensor, torch.Tensor | None]
+) -> Callable[[Inputs, int, tuple[torch.Tensor, torch.Tensor | None]], None]:
+    """The kernel has one set of strides for both tables: make them equal where they are not."""
+
+    def equal(inputs: Inputs) -> Inputs:
+        assert inputs.sin is not None
+        return inputs._replace(cos=inputs.cos.contiguous(), sin=inputs.sin.contiguous())
+
+    run = plan(call, equal(inputs), outputs)
+    return lambda inputs, offset, outputs: run(equal(inputs), offset, outputs)
+
+
+def _strides(x: torch.Tensor, axes: tuple[int | None, int, int]) -> tuple[int, int, int]:
+    batch, token, head = axes
+    return (0 if batch is None else x.stride(batch), x.stride(token), x.stride(head))
+
+
+def _position_strides(call: RopeCall, inputs: Inputs) -> tuple[int, int, int]:
+    """Strides of position_ids over (row, batch, token); 0 where one position serves all."""
+    position_ids = inputs.position_ids
+    if position_ids is None:
+        return (0, 0, 0)
+    strides = list(position_ids.stride())
+    row = strides.pop(0) if call.options.mrope_section is not None else 0
+    batch = strides[0] if len(strides) == 2 and position_ids.shape[-2] > 1 else 0
+    return (row, batch, strides[-1])

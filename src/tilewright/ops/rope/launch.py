@@ -1,0 +1,51 @@
+"""Launch parameters of the Triton kernel: how many tokens and heads a program rotates, with how many warps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from tilewright.ops.rope.call import LAYOUTS
+
+if TYPE_CHECKING:
+    import torch
+
+    from tilewright.ops.rope.call import RopeCall
+
+BYTES_PER_PROGRAM = 4096
+"""Two 16-byte loads for each of 128 threads: the smallest program that keeps memory busy, and the evenest to spread."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """Launch parameters.
+
+    Attributes:
+        tokens: tokens per program, a power of two.
+        heads: heads per program, a power of two.
+        num_warps: warps per program.
+    """
+
+    tokens: int
+    heads: int
+    num_warps: int
+
+
+def launch_parameters(call: RopeCall, x: torch.Tensor) -> Block:
+    """Cover BYTES_PER_PROGRAM of contiguous memory: heads first where heads lie closest, else tokens first."""
+    axes = LAYOUTS[call.options.layout]
+    rows = max(1, BYTES_PER_PROGRAM // (_power_of_2(call.head_dim) * x.element_size()))
+    most_heads = _power_of_2(max(call.n_q_heads, call.n_k_heads, 1))
+    most_tokens = _power_of_2(max(call.seqlen, 1))
+    if x.stride(axes.head) <= x.stride(axes.token) or call.seqlen == 1:
+        heads = min(rows, most_heads)
+        tokens = min(rows // heads, most_tokens)
+    else:
+        tokens = min(rows, most_tokens)
+        heads = min(rows // tokens, most_heads)
+    return Block(tokens, heads, num_warps=4)
+
+
+def _power_of_2(n: int) -> int:
+    """The smallest power of two that is at least ``n``."""
+    return 1 << (n - 1).bit_length()

@@ -1,0 +1,263 @@
+"""The registered operators of rotary embedding, their fakes and their backward.
+
+``rope`` and ``rope_qk`` return new tensors, ``rope_`` and ``rope_qk_`` write into their arguments. The backward of a
+rotation is the same operator with ``transpose`` flipped, so gradients of gradients need nothing more.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from tilewright.dispatch import Described, Implementation, Operation, Supported, triton_verdict
+from tilewright.dispatch.eager import PlanCache, metadata
+from tilewright.dispatch.selection import override
+from tilewright.errors import ArgumentError
+from tilewright.ops.rope.call import Inputs, Options, check_call, check_inplace, describe
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from tilewright.dispatch import Verdict
+    from tilewright.ops.rope.call import RopeCall
+    from tilewright.platforms import DeviceFacts
+
+    Outputs = tuple[torch.Tensor, torch.Tensor | None]
+    Runner = Callable[[Inputs, int, Outputs], None]
+    Planner = Callable[[RopeCall, Inputs, Outputs], Runner]
+    Strides = tuple[int, ...] | None
+
+
+def _load_reference() -> Planner:
+    from tilewright.ops.rope.reference import rotate
+
+    def plan(call: RopeCall, inputs: Inputs, outputs: Outputs) -> Runner:
+        return lambda inputs, offset, outputs: rotate(call, inputs, offset, outputs)
+
+    return plan
+
+
+def _load_triton() -> Planner:
+    from tilewright.ops.rope.kernels import plan
+
+    return plan
+
+
+def _reference_supports(device: DeviceFacts, dtypes: tuple[torch.dtype, ...], shape: RopeCall) -> Verdict:
+    return Supported("plain PyTorch, runs on every device")
+
+
+def _triton_supports(device: DeviceFacts, dtypes: tuple[torch.dtype, ...], shape: RopeCall) -> Verdict:
+    return triton_verdict(device)
+
+
+IMPLEMENTATIONS = (
+    Implementation("triton", _load_triton, _triton_supports),
+    Implementation("reference", _load_reference, _reference_supports),
+)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """All that calls of equal metadata share."""
+
+    call: RopeCall
+    run: Runner
+
+
+_PLANS: PlanCache[_Plan] = PlanCache()
+
+
+def described(inputs: Inputs, offset: int, options: Options, impl: str | None, operation: str) -> Described:
+    """The validated call as selection sees it."""
+    call = describe(inputs, offset, options, operation)
+    check_call(call, inputs, offset, operation)
+    return Described(inputs.q.device, (call.dtype, call.table_dtype), call, impl)
+
+
+def rotate(
+    inputs: Inputs,
+    offset: int,
+    options: Options,
+    impl: str | None,
+    *,
+    inplace: bool = False,
+    strides: tuple[Strides, Strides] = (None, None),
+    operation: str = "rope",
+) -> Outputs:
+    """Rotate by the implementation that selection names; everything that real tensors go through.
+
+    Args:
+        inputs: the tensors.
+        offset: added to every position that is counted rather than given.
+        options: the options.
+        impl: the implementation asked for.
+        inplace: write into ``inputs`` and return them.
+        strides: of the results, where they should differ from what ``torch.empty_like`` gives.
+        operation: the public function, for messages.
+    """
+    impl = impl if impl is not None else override()
+    q, k = inputs.q, inputs.k
+    if inplace:
+        outputs: Outputs = (q, k)
+    else:
+        outputs = (_empty(q, strides[0]), None if k is None else _empty(k, strides[1]))
+    key = (options, impl, inplace, *map(metadata, inputs), strides)
+
+    def make() -> _Plan:
+        seen = described(inputs, offset, options, impl, operation)
+        if inplace:
+            check_inplace(inputs, operation)
+        _, planner = Operation(operation, describe, IMPLEMENTATIONS).select(seen)
+        return _Plan(seen.shape, planner(seen.shape, inputs, outputs))
+
+    plan = _PLANS.get(key, make)
+    check_call(plan.call, inputs, offset, operation)
+    plan.run(inputs, offset, outputs)
+    if inplace:
+        torch.autograd.graph.increment_version(q)
+        if k is not None:
+            torch.autograd.graph.increment_version(k)
+    return outputs
+
+
+def _empty(x: torch.Tensor, strides: Strides) -> torch.Tensor:
+    return torch.empty_like(x) if strides is None else torch.empty_strided(x.shape, strides, dtype=x.dtype, device=x.device)
+
+
+_LIBRARY = torch.library.Library("tilewright", "FRAGMENT")
+_TAIL = (
+    "Tensor cos, Tensor? sin, Tensor? position_ids=None, Tensor? offsets=None, Tensor? cu_seqlens=None, "
+    "SymInt offset=0, str layout='bshd', bool interleaved=False, int? rotary_dim=None, int rotary_offset=0, "
+    "int[]? context_parallel=None, int[]? mrope_section=None, bool mrope_interleaved=False, bool inverse=False, "
+    "bool transpose=False, str numerics='exact', str? impl=None"
+)
+_N_TAIL = _TAIL.count(",") + 1
+_LIBRARY.define(f"rope(Tensor x, {_TAIL}, SymInt[]? strides=None) -> Tensor")
+_LIBRARY.define(f"rope_qk(Tensor q, Tensor k, {_TAIL}, SymInt[]? q_strides=None, SymInt[]? k_strides=None) -> (Tensor, Tensor)")
+_LIBRARY.define(f"rope_(Tensor(a!) x, {_TAIL}) -> ()")
+_LIBRARY.define(f"rope_qk_(Tensor(a!) q, Tensor(b!) k, {_TAIL}) -> ()")
+OPERATORS = ("rope", "rope_qk", "rope_", "rope_qk_")
+
+
+def tail(inputs: Inputs, offset: int, options: Options, impl: str | None) -> tuple[Any, ...]:
+    """The operators' arguments after the rotated tensors."""
+    return (*inputs[2:], offset, *options, impl)
+
+
+def _untail(q: torch.Tensor, k: torch.Tensor | None, tail: Sequence[Any]) -> tuple[Inputs, int, Options, str | None]:
+    """The other way round: torch hands lists where options are tuples."""
+    cos, sin, position_ids, offsets, cu_seqlens, offset, *options, impl = tail
+    hashable = (tuple(option) if isinstance(option, list) else option for option in options)
+    return Inputs(q, k, cos, sin, position_ids, offsets, cu_seqlens), offset, Options(*hashable), impl
+
+
+def _defaults(tail: Sequence[Any]) -> tuple[Any, ...]:
+    """Torch leaves trailing arguments out where they have their default value."""
+    given = tuple(tail)
+    defaults = (None, None, None, None, None, 0, *Options(), None)
+    return given + defaults[len(given) :]
+
+
+def _tuple(strides: Sequence[int] | None) -> Strides:
+    return None if strides is None else tuple(strides)
+
+
+def _rope(x: torch.Tensor, *rest: Any) -> torch.Tensor:
+    rest = _defaults(rest)
+    strides = _tuple(rest[_N_TAIL]) if len(rest) > _N_TAIL else None
+    return rotate(*_untail(x, None, rest[:_N_TAIL]), strides=(strides, None))[0]
+
+
+def _rope_qk(q: torch.Tensor, k: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    rest = _defaults(rest)
+    q_strides, k_strides = (*rest[_N_TAIL:], None, None)[:2]
+    strides = (_tuple(q_strides), _tuple(k_strides))
+    q_out, k_out = rotate(*_untail(q, k, rest[:_N_TAIL]), strides=strides, operation="rope_qk")
+    assert k_out is not None
+    return q_out, k_out
+
+
+def _rope_inplace(x: torch.Tensor, *rest: Any) -> None:
+    rotate(*_untail(x, None, _defaults(rest)), inplace=True)
+
+
+def _rope_qk_inplace(q: torch.Tensor, k: torch.Tensor, *rest: Any) -> None:
+    rotate(*_untail(q, k, _defaults(rest)), inplace=True, operation="rope_qk")
+
+
+def _fake_rope(x: torch.Tensor, *rest: Any) -> torch.Tensor:
+    rest = _defaults(rest)
+    inputs, offset, options, _ = _untail(x, None, rest[:_N_TAIL])
+    describe(inputs, offset, options)
+    return _empty(x, _tuple(rest[_N_TAIL]) if len(rest) > _N_TAIL else None)
+
+
+def _fake_rope_qk(q: torch.Tensor, k: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    rest = _defaults(rest)
+    inputs, offset, options, _ = _untail(q, k, rest[:_N_TAIL])
+    describe(inputs, offset, options, "rope_qk")
+    q_strides, k_strides = (*rest[_N_TAIL:], None, None)[:2]
+    return _empty(q, _tuple(q_strides)), _empty(k, _tuple(k_strides))
+
+
+def _fake_inplace(x: torch.Tensor, *rest: Any) -> None:
+    inputs, offset, options, _ = _untail(x, None, _defaults(rest))
+    describe(inputs, offset, options)
+
+
+def _fake_qk_inplace(q: torch.Tensor, k: torch.Tensor, *rest: Any) -> None:
+    inputs, offset, options, _ = _untail(q, k, _defaults(rest))
+    describe(inputs, offset, options, "rope_qk")
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    tensors = (inputs[0],) if isinstance(output, torch.Tensor) else inputs[:2]
+    rest = _defaults(inputs[len(tensors) :])[:_N_TAIL]
+    ctx.save_for_backward(*rest[:5])
+    ctx.rest = rest[5:]
+    ctx.n_inputs = len(inputs)
+    outputs = (output,) if isinstance(output, torch.Tensor) else output
+    ctx.strides = tuple(tuple(y.stride()) for y in outputs)
+
+
+def _backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:
+    offset, *options, impl = ctx.rest
+    flipped = Options(*options)
+    flipped = flipped._replace(transpose=not flipped.transpose)
+    rest = (*ctx.saved_tensors, offset, *flipped, impl)
+    if len(grads) == 1:
+        results: tuple[torch.Tensor, ...] = (torch.ops.tilewright.rope(grads[0], *rest, ctx.strides[0]),)
+    else:
+        results = torch.ops.tilewright.rope_qk(*grads, *rest, *ctx.strides)
+    return (*results, *(None,) * (ctx.n_inputs - len(results)))
+
+
+def _no_gradient(operator: Any) -> Callable[..., None]:
+    """The in-place operators' autograd kernel: nothing to record, or a clear refusal."""
+
+    def run(x: torch.Tensor, *rest: Any) -> None:
+        if torch.is_grad_enabled() and any(isinstance(t, torch.Tensor) and t.requires_grad for t in (x, *rest)):
+            raise ArgumentError(
+                "rope", "x", "needs a gradient; the in-place operator has none: call tilewright.rope(..., inplace=True)"
+            )
+        with torch._C._AutoDispatchBelowAutograd():
+            operator()(x, *rest)
+
+    return run
+
+
+for _name, _run, _fake in (
+    ("rope", _rope, _fake_rope),
+    ("rope_qk", _rope_qk, _fake_rope_qk),
+    ("rope_", _rope_inplace, _fake_inplace),
+    ("rope_qk_", _rope_qk_inplace, _fake_qk_inplace),
+):
+    _LIBRARY.impl(_name, _run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"tilewright::{_name}", _fake, lib=_LIBRARY)
+for _name in ("rope", "rope_qk"):
+    torch.library.register_autograd(f"tilewright::{_name}", _backward, setup_context=_setup_context, lib=_LIBRARY)
+_LIBRARY.impl("rope_", _no_gradient(lambda: torch.ops.tilewright.rope_.default), "Autograd")
+_LIBRARY.impl("rope_qk_", _no_gradient(lambda: torch.ops.tilewright.rope_qk_.default), "Autograd")

@@ -1,0 +1,51 @@
+"""Facts about device families, and nothing else: no operation is known here.
+
+``facts(device)`` is the only question most code asks. The facts of a device never change while a process runs, so they
+are looked up once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class DeviceFacts:
+    """What selection and launch heuristics may know of a device.
+
+    Attributes:
+        kind: the device family: ``"nvidia"``, ``"amd"``, ``"cpu"``, ``"npu"``, or torch's device type for any other.
+        arch: the architecture's name, such as ``"sm_90"`` or ``"gfx942"``; ``""`` where there is none.
+        name: the product's name, for people.
+        n_units: multiprocessors, compute units or cores.
+        triton: how Triton kernels run there: ``"compiled"``, ``"interpreted"``, or ``""`` for not at all.
+    """
+
+    kind: str
+    arch: str = ""
+    name: str = ""
+    n_units: int = 1
+    triton: str = ""
+
+    def __str__(self) -> str:
+        return " ".join(part for part in (self.kind, self.arch, f"({self.name})" if self.name else "") if part)
+
+
+def facts(device: torch.device) -> DeviceFacts:
+    """The facts of ``device``. Asks the driver once per device, never before a tensor lies on it."""
+    return _facts(device.type, device.index)
+
+
+@lru_cache(maxsize=64)
+def _facts(device_type: str, index: int | None) -> DeviceFacts:
+    from tilewright.platforms import amd, cpu, npu, nvidia
+
+    for family in (nvidia, amd, cpu, npu):
+        if family.owns(device_type):
+            return family.facts(index)
+    return DeviceFacts(kind=device_type)

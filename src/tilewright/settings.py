@@ -1,0 +1,43 @@
+"""The environment variables that tilewright reads, all of them, each when it is asked for and never at import."""
+
+from __future__ import annotations
+
+import os
+
+from tilewright.errors import SettingError
+
+CHECK_DEVICE_VALUES = "TILEWRIGHT_CHECK_DEVICE_VALUES"
+"""``1``: also check values that lie in device memory (``cu_seqlens``, positions), at the price of a synchronisation."""
+
+TRITON_INTERPRET = "TRITON_INTERPRET"
+"""Triton's own switch: ``1`` runs its kernels in its interpreter. Triton reads it when it is imported."""
+
+_TRUE = frozenset({"1", "true", "yes", "on"})
+_FALSE = frozenset({"", "0", "false", "no", "off"})
+
+
+def flag(name: str, default: bool = False) -> bool:
+    """Read a boolean environment variable.
+
+    Raises:
+        SettingError: the value is neither a yes nor a no.
+    """
+    raw = os.environ.get(name)
+    if raw is None:
+        return default
+    value = raw.strip().lower()
+    if value in _TRUE:
+        return True
+    if value in _FALSE:
+        return False
+    raise SettingError(f"environment variable {name}={raw!r}: expected 1 or 0")
+
+
+def check_device_values() -> bool:
+    """Whether values in device memory are checked before a launch (:data:`CHECK_DEVICE_VALUES`)."""
+    return flag(CHECK_DEVICE_VALUES)
+
+
+def triton_interpret() -> bool:
+    """Whether Triton kernels run in Triton's interpreter (:data:`TRITON_INTERPRET`)."""
+    return flag(TRITON_INTERPRET)

@@ -1,0 +1,108 @@
+"""One case of an operation's grid, checked on one target."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+import tilewright
+from tilewright import numerics
+from tilewright.testing.targets import Target, poisoned
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from tilewright.ops.contract import Arguments, Case
+
+
+def _call(case: Case, arguments: Arguments, implementation: str) -> tuple[torch.Tensor, ...]:
+    result = getattr(tilewright, case.function)(*arguments.args, **arguments.kwargs, impl=implementation)
+    return (result,) if isinstance(result, torch.Tensor) else tuple(result)
+
+
+def _assert_agree(what: str, results: Sequence[Any], references: Sequence[Any], truths: Sequence[Any]) -> None:
+    for index, (result, reference, truth) in enumerate(zip(results, references, truths, strict=True)):
+        agreement = numerics.compare(result, reference, truth)
+        assert agreement.ok, f"{what} {index}: {agreement}"
+
+
+def check_forward(case: Case, dtype: torch.dtype, target: Target) -> None:
+    """The results agree with the truth, and the implementation that was meant computed them."""
+    arguments = case.arguments(target.device, dtype)
+    inputs_before = [a.clone() if isinstance(a, torch.Tensor) else a for a in arguments.args]
+    explanation = tilewright.explain(case.function, *arguments.args, **arguments.kwargs, impl=target.implementation)
+    assert explanation.chosen == target.implementation, str(explanation)
+    with poisoned():
+        results = _call(case, arguments, target.implementation)
+        references = _call(case, arguments, "reference")
+    truths = case.definition(case.truth_arguments(arguments))
+    _assert_agree("result", results, references, truths)
+    for before, after in zip(inputs_before, arguments.args, strict=True):
+        if isinstance(before, torch.Tensor):
+            torch.testing.assert_close(after, before, rtol=0, atol=0, msg="an input was changed")
+
+
+def _gradients(
+    case: Case, arguments: Arguments, run: Callable[[Arguments], tuple[torch.Tensor, ...]], gradient: str
+) -> tuple[torch.Tensor, ...]:
+    leaves = tuple(x.detach().requires_grad_() for x in case.differentiable(arguments))
+    results = run(arguments._replace(args=(*leaves, *arguments.args[len(leaves) :])))
+    incoming = [_incoming(y, index, gradient) for index, y in enumerate(results)]
+    return torch.autograd.grad(results, leaves, incoming)
+
+
+def _incoming(y: torch.Tensor, seed: int, kind: str) -> torch.Tensor:
+    """A gradient of ``y``: the same values whatever the dtype, in the memory layout that ``kind`` names."""
+    generator = torch.Generator().manual_seed(100 + seed)
+    if kind == "expanded":
+        return torch.full((), 0.75, dtype=y.dtype, device=y.device).expand(y.shape)
+    if kind == "transposed":
+        values = torch.randn(tuple(y.shape[::-1]), generator=generator).bfloat16()
+        return values.to(y.device, y.dtype).permute(*range(y.dim() - 1, -1, -1))
+    return torch.randn(tuple(y.shape), generator=generator).bfloat16().to(y.device, y.dtype)
+
+
+def check_backward(case: Case, dtype: torch.dtype, target: Target, gradient: str = "dense") -> None:
+    """The gradients agree with autograd through the reference in float64 and have the leaves' strides.
+
+    Args:
+        case: what is called.
+        dtype: in which dtype.
+        target: where.
+        gradient: how the incoming gradient lies in memory: ``"dense"``, ``"expanded"`` or ``"transposed"``.
+    """
+
+    def by(implementation: str) -> Callable[[Arguments], tuple[torch.Tensor, ...]]:
+        return lambda arguments: _call(case, arguments, implementation)
+
+    arguments = case.arguments(target.device, dtype)
+    with poisoned():
+        results = _gradients(case, arguments, by(target.implementation), gradient)
+        references = _gradients(case, arguments, by("reference"), gradient)
+    truths = _gradients(case, case.truth_arguments(arguments), case.definition, gradient)
+    _assert_agree("gradient", results, references, truths)
+    for leaf, result in zip(case.differentiable(arguments), results, strict=True):
+        expected = torch.empty_like(leaf).stride()
+        assert result.stride() == expected, f"gradient strides {result.stride()}, the leaf's are {expected}"
+
+
+def check_fake(case: Case, dtype: torch.dtype, target: Target) -> None:
+    """The fake implementation predicts shape, dtype, strides and device of every result."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    arguments = case.arguments(target.device, dtype)
+    results = _call(case, arguments, target.implementation)
+    with FakeTensorMode() as mode:
+        fakes = _call(
+            case,
+            type(arguments)(
+                tuple(mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in arguments.args),
+                {k: mode.from_tensor(v) if isinstance(v, torch.Tensor) else v for k, v in arguments.kwargs.items()},
+            ),
+            target.implementation,
+        )
+    for fake, result in zip(fakes, results, strict=True):
+        seen = (tuple(fake.shape), fake.dtype, fake.stride(), fake.device)
+        expected = (tuple(result.shape), result.dtype, result.stride(), result.device)
+        assert seen == expected, f"the fake says {seen}, the result is {expected}"

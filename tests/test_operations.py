@@ -1,0 +1,96 @@
+"""The grid that every operation family's ``spec.py`` spans, on every target of this machine."""
+
+import pytest
+import torch
+
+import tilewright
+from tilewright import ops
+from tilewright.testing import check_backward, check_fake, check_forward, targets
+
+FAMILIES = ops.families()
+
+
+def _marks(target):
+    return [pytest.mark.gpu] if target.on_gpu else []
+
+
+GRID = [
+    pytest.param(case, dtype, target, id=f"{family.name}-{case.id}-{str(dtype)[6:]}-{target}", marks=_marks(target))
+    for family in FAMILIES
+    for case in family.cases
+    for dtype in case.dtypes
+    for target in targets()
+]
+CASES = [
+    pytest.param(case, target, id=f"{family.name}-{case.id}-{target}", marks=_marks(target))
+    for family in FAMILIES
+    for case in family.cases
+    for target in targets()
+]
+INVALID = [
+    pytest.param(case, target.device, id=f"{family.name}-{case.id}-{target}", marks=_marks(target))
+    for family in FAMILIES
+    for case in family.invalid_cases
+    for target in targets()
+    if target.implementation == "reference"
+]
+
+
+@pytest.mark.parametrize(("case", "dtype", "target"), GRID)
+def test_forward(case, dtype, target):
+    check_forward(case, dtype, target)
+
+
+@pytest.mark.parametrize(("case", "dtype", "target"), GRID)
+def test_backward(case, dtype, target):
+    check_backward(case, dtype, target)
+
+
+@pytest.mark.parametrize(("case", "target"), CASES)
+@pytest.mark.parametrize("gradient", ["expanded", "transposed"])
+def test_backward_of_unusual_gradients(case, target, gradient):
+    check_backward(case, case.dtypes[0], target, gradient)
+
+
+@pytest.mark.parametrize(("case", "target"), CASES)
+def test_fake(case, target):
+    check_fake(case, case.dtypes[0], target)
+
+
+@pytest.mark.parametrize(("case", "device"), INVALID)
+def test_invalid(case, device, monkeypatch):
+    monkeypatch.setenv("TILEWRIGHT_CHECK_DEVICE_VALUES", "1")
+    args, kwargs = case.build(device)
+    with pytest.raises(case.error) as caught:
+        getattr(tilewright, case.function)(*args, **kwargs)
+    assert type(caught.value) is case.error
+    assert caught.value.argument == case.argument
+    assert caught.value.operation == case.function
+    assert f"'{case.argument}'" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "function", [pytest.param(f, id=f"{family.name}-{f}") for family in FAMILIES for f in family.functions]
+)
+def test_gradcheck(function):
+    case = next(c for family in FAMILIES for c in family.cases if c.function == function and torch.float64 in c.dtypes or
+                c.function == function and function == "rope_qk")  # fmt: skip
+    arguments = case.arguments(torch.device("cpu"), torch.float64)
+    leaves = tuple(x.clone().requires_grad_() for x in case.differentiable(arguments))
+
+    def call(*x):
+        result = getattr(tilewright, function)(*x, *arguments.args[len(x) :], **arguments.kwargs)
+        return result if isinstance(result, torch.Tensor) else tuple(result)
+
+    assert torch.autograd.gradcheck(call, leaves)
+    assert torch.autograd.gradgradcheck(call, leaves)
+
+
+def test_case_names_are_unique():
+    for family in FAMILIES:
+        for names in (
+            [case.id for case in family.cases],
+            [case.id for case in family.invalid_cases],
+            [workload.name for workload in family.workloads],
+        ):
+            assert len(names) == len(set(names))
