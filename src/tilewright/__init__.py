@@ -28,7 +28,17 @@ _HOME = {
     "use": "tilewright.dispatch",
 }
 
-__all__ = ["RopeTable", "__version__", "explain", "register", "rope", "rope_from_angles", "rope_qk", "rope_table", "use"]
+__all__ = [
+    "RopeTable",
+    "__version__",
+    "explain",
+    "register",
+    "rope",
+    "rope_from_angles",
+    "rope_qk",
+    "rope_table",
+    "use",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -6,8 +6,8 @@ that the reference itself makes in that precision, plus one rounding of the outp
     |result - truth| <= 2 * max|reference - truth| + eps(dtype) * |truth|
 
 Nothing is more precise than float64 here, so a float64 reference is taken to be off by half a unit in the last place
-of the largest value. A result that sums ``reduced`` rows may be off by ``sqrt(reduced)`` times as much, because its order of summation is
-its own. No other tolerance exists in the project.
+of the largest value. A result that sums ``reduced`` rows may be off by ``sqrt(reduced)`` times as much, because its
+order of summation is its own. No other tolerance exists in the project.
 """
 
 from __future__ import annotations
@@ -91,7 +91,9 @@ def compare_curves(
     made up to there, and its rounding counts once for each step so far, adding up as a random walk.
 
     Args:
-        curve, reference, truth: one loss per step, of one length.
+        curve: what is judged, one loss per step.
+        reference: of the same length.
+        truth: of the same length.
         dtype: the dtype in which the model computes.
     """
     import torch

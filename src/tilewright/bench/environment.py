@@ -111,7 +111,9 @@ def _lines(value: Any, indent: str) -> list[str]:
     if isinstance(value, list):
         if not value:
             return [f"{indent}none"]
-        return [line for index, item in enumerate(value) for line in (f"{indent}[{index}]", *_lines(item, indent + "  "))]
+        return [
+            line for index, item in enumerate(value) for line in (f"{indent}[{index}]", *_lines(item, indent + "  "))
+        ]
     if not isinstance(value, dict):
         return [f"{indent}{value}"]
     if not value:
@@ -140,9 +142,7 @@ def _commit() -> str:
     folder = Path(__file__).parent
 
     def git(*arguments: str) -> str:
-        done = subprocess.run(
-            ["git", *arguments], cwd=folder, capture_output=True, text=True, timeout=20, check=False
-        )
+        done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, timeout=20, check=False)
         if done.returncode:
             raise RuntimeError(done.stderr.strip() or f"git {arguments[0]} failed")
         return done.stdout.strip()

@@ -66,7 +66,7 @@ class Gate:
         for tensor in prepared.outputs:
             tensor.fill_(torch.nan)
         _poison(reference)
-        results = prepared.results(prepared.calls[0]())
+        results = tuple(result.detach() for result in prepared.results(prepared.calls[0]()))
         if prepared.expected is not None:
             same = len(results) == len(truth) and all(map(torch.equal, results, truth))
             return Verdict(same, "bit for bit", reason="" if same else "the copy differs from its source")

@@ -182,9 +182,7 @@ def _transformer_engine(task: Task) -> Callable[..., Any]:
 
     def rotate(*args: torch.Tensor, interleaved: bool = False, **_options: Any) -> Any:
         *tensors, angles = args
-        return tuple(
-            function(x, angles, tensor_format="bshd", interleaved=interleaved, fused=True) for x in tensors
-        )
+        return tuple(function(x, angles, tensor_format="bshd", interleaved=interleaved, fused=True) for x in tensors)
 
     return rotate
 

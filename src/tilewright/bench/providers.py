@@ -33,7 +33,7 @@ class Task:
         args: its positional arguments; those with gradients are leaves that require them, if gradients are wanted.
         kwargs: its options.
         wrt: places in ``args`` of the tensors that have gradients.
-        grads: gradients of the outputs; empty where ``direction`` is forward.
+        grads: a gradient for each output, differentiable or not; empty where ``direction`` is forward.
         dtype: the workload's dtype.
         bytes_moved: compulsory traffic of one call.
     """
@@ -158,9 +158,13 @@ def bind(function: Callable[..., Any], task: Task) -> Callable[[], Any]:
     """
     if task.direction == "forward":
         return lambda: function(*task.args, **task.kwargs)
-    outputs = tuple(tensor for tensor in tensors_in(function(*task.args, **task.kwargs)) if tensor.requires_grad)
+    results = tensors_in(function(*task.args, **task.kwargs))
+    outputs, grads = zip(
+        *((result, grad) for result, grad in zip(results, task.grads, strict=True) if result.requires_grad),
+        strict=True,
+    )
     inputs = tuple(task.args[place] for place in task.wrt)
-    return lambda: torch.autograd.grad(outputs, inputs, task.grads, retain_graph=True)
+    return lambda: torch.autograd.grad(outputs, inputs, grads, retain_graph=True)
 
 
 def evaluate(function: Callable[..., Any], task: Task) -> Tensors:
@@ -177,7 +181,8 @@ def twins(values: Sequence[Any]) -> tuple[Any, ...]:
             return value
         storage = value.untyped_storage()
         if storage.data_ptr() not in storages:
-            storages[storage.data_ptr()] = storage.clone()
+            memory = torch.empty(0, dtype=torch.uint8, device=value.device).set_(storage)
+            storages[storage.data_ptr()] = memory.clone().untyped_storage()
         empty = torch.empty(0, dtype=value.dtype, device=value.device)
         copied = empty.set_(storages[storage.data_ptr()], value.storage_offset(), value.size(), value.stride())
         return copied.requires_grad_(value.requires_grad)
@@ -228,12 +233,8 @@ class FunctionProvider:
         """Calls for tasks that differ in nothing but their memory."""
         translated = [self.translate(task) for task in tasks]
         function = self.function(translated[0])
-        if self.compiled:
-            calls = _compile(function, translated)
-        else:
-            calls = tuple(bind(function, task) for task in translated)
         return Prepared(
-            calls=calls,
+            calls=_compile(function, translated) if self.compiled else tuple(bind(function, t) for t in translated),
             results=lambda returned: self.results(tensors_in(returned)),
             formulation=self.formulation(translated[0]),
         )

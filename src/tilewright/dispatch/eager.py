@@ -9,43 +9,47 @@ a trace or while torch's profiler records, they go through the registered operat
 from __future__ import annotations
 
 from threading import Lock
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
 
 from tilewright.dispatch.launch import ALIGNMENT
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Hashable
+    from collections.abc import Callable, Hashable, Iterable
 
 P = TypeVar("P")
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 _is_compiling = torch.compiler.is_compiling
-_profiler_enabled = torch.autograd._profiler_enabled
 # Private to torch; where a release lacks one, every call takes the registered operator, which is always right.
-_dispatch_modes = getattr(torch._C, "_len_torch_dispatch_stack", None)
-_functorch_level = getattr(getattr(torch._C, "_functorch", None), "peek_interpreter_stack", None)
-_tracing_state = getattr(torch._C, "_get_tracing_state", None)
+_profiler_enabled: Any = getattr(torch.autograd, "_profiler_enabled", None)
+_dispatch_modes: Any = getattr(torch._C, "_len_torch_dispatch_stack", None)
+_functorch_level: Any = getattr(getattr(torch._C, "_functorch", None), "peek_interpreter_stack", None)
+_tracing_state: Any = getattr(torch._C, "_get_tracing_state", None)
+_CAN_TELL = None not in (_profiler_enabled, _dispatch_modes, _functorch_level, _tracing_state)
 
 
-def unobserved(tensors: tuple[torch.Tensor | None, ...]) -> bool:
+def unobserved(tensors: Iterable[torch.Tensor | None]) -> bool:
     """Whether a call on these tensors may skip torch's dispatcher."""
-    if _is_compiling() or _dispatch_modes is None or _functorch_level is None or _tracing_state is None:
+    if _is_compiling() or not _CAN_TELL:
         return False
     if _dispatch_modes() or _functorch_level() is not None or _profiler_enabled() or _tracing_state() is not None:
         return False
-    for tensor in tensors:
-        if tensor is not None and (type(tensor) not in _PLAIN or tensor.is_neg() or tensor.is_meta):
-            return False
-    return True
+    return all(tensor is None or (type(tensor) in _PLAIN and not tensor.is_neg()) for tensor in tensors)
 
 
-def metadata(tensor: torch.Tensor | None) -> Hashable:
-    """All of a tensor that a plan may depend on."""
-    if tensor is None:
-        return None
-    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.data_ptr() % ALIGNMENT
+def metadata(tensors: Iterable[torch.Tensor | None]) -> Hashable:
+    """All that a plan may depend on in these tensors."""
+    return tuple(
+        [None if t is None else (t.shape, t.stride(), t.dtype, t.device, t.data_ptr() % ALIGNMENT) for t in tensors]
+    )
+
+
+def record(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """``function.apply`` without its Python wrapper, whose concern is functorch: not for calls that are observed."""
+    apply: Callable[..., Any] = super(torch.autograd.Function, function).apply  # type: ignore[misc]
+    return apply
 
 
 class PlanCache(Generic[P]):
@@ -59,15 +63,16 @@ class PlanCache(Generic[P]):
         self._size = size
         self._growing = Lock()
 
-    def get(self, key: Hashable, make: Callable[[], P]) -> P:
-        """The plan of ``key``, made at first use. An error in making it is not kept."""
-        plan = self._plans.get(key)
-        if plan is None:
-            plan = make()
-            with self._growing:
-                if len(self._plans) >= self._size:
-                    del self._plans[next(iter(self._plans))]
-                self._plans[key] = plan
+    def get(self, key: Hashable) -> P | None:
+        """The plan of ``key``, if there is one."""
+        return self._plans.get(key)
+
+    def put(self, key: Hashable, plan: P) -> P:
+        """Keep a plan, and return it."""
+        with self._growing:
+            if len(self._plans) >= self._size:
+                del self._plans[next(iter(self._plans))]
+            self._plans[key] = plan
         return plan
 
     def __len__(self) -> int:

@@ -9,6 +9,7 @@ specialises on.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ class BoundKernel:
         options: launch options, such as ``num_warps``.
     """
 
-    __slots__ = ("_current_device", "_device", "_grid", "_kernel", "_options", "_repeat", "_tail")
+    __slots__ = ("_again", "_device", "_grid", "_kernel", "_options", "_tail")
 
     def __init__(
         self, kernel: Any, grid: int, device: torch.device, tail: tuple[Any, ...], options: dict[str, Any]
@@ -41,33 +42,28 @@ class BoundKernel:
         self._device = device
         self._tail = tail
         self._options = options
-        self._repeat: Callable[..., None] | None = None
-        self._current_device: Callable[[], int] | None = None
-        if device.type != "cpu":
-            import torch
-
-            self._current_device = torch.get_device_module(device).current_device
+        self._again: Callable[..., None] | None = None
 
     def __call__(self, tensors: tuple[torch.Tensor | None, ...], *scalars: int) -> None:
         """Launch on ``tensors``, then ``scalars``, then the fixed arguments."""
-        if self._current_device is not None and self._current_device() != self._device.index:
-            import torch
-
-            with torch.get_device_module(self._device).device(self._device):
-                self._launch(tensors, scalars)
-        else:
-            self._launch(tensors, scalars)
-
-    def _launch(self, tensors: tuple[torch.Tensor | None, ...], scalars: tuple[int, ...]) -> None:
-        repeat = self._repeat
-        if repeat is not None:
-            repeat(tensors, scalars)
+        if self._again is not None:
+            self._again(tensors, scalars)
             return
-        compiled = self._kernel[(self._grid,)](*tensors, *scalars, *self._tail, **self._options)
-        self._repeat = _repeater(compiled, self._grid, self._tail)
+        with _current(self._device):
+            compiled = self._kernel[(self._grid,)](*tensors, *scalars, *self._tail, **self._options)
+            self._again = _repeater(compiled, self._grid, self._device, self._tail)
 
 
-def _repeater(compiled: Any, grid: int, tail: tuple[Any, ...]) -> Callable[..., None] | None:
+def _current(device: torch.device) -> Any:
+    """A context in which ``device`` is the current one."""
+    if device.type == "cpu":
+        return nullcontext()
+    import torch
+
+    return torch.get_device_module(device).device(device)
+
+
+def _repeater(compiled: Any, grid: int, device: torch.device, tail: tuple[Any, ...]) -> Callable[..., None] | None:
     """A function that launches a compiled kernel; None where there is none, as in Triton's interpreter."""
     if not all(hasattr(compiled, name) for name in ("run", "function", "packed_metadata")):
         return None
@@ -75,25 +71,22 @@ def _repeater(compiled: Any, grid: int, tail: tuple[Any, ...]) -> Callable[..., 
     from triton.runtime import driver
 
     run, function, metadata = compiled.run, compiled.function, compiled.packed_metadata
-    active = driver.active
-    stream_of, current_device = active.get_current_stream, active.get_current_device
+    stream_of, current_device = driver.active.get_current_stream, driver.active.get_current_device
+    home = current_device()
     hooks = knobs.runtime
 
-    def repeat(tensors: tuple[torch.Tensor | None, ...], scalars: tuple[int, ...]) -> None:
-        if _listening(hooks.launch_enter_hook) or _listening(hooks.launch_exit_hook):  # a profiler wants to know
+    def again(tensors: tuple[torch.Tensor | None, ...], scalars: tuple[int, ...]) -> None:
+        if current_device() != home:
+            with _current(device):
+                again(tensors, scalars)
+        elif _listening(hooks.launch_enter_hook) or _listening(hooks.launch_exit_hook):  # a profiler wants to know
             compiled[(grid, 1, 1)](*tensors, *scalars, *tail)
-            return
-        pointers = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
-        stream = stream_of(current_device())
-        run(grid, 1, 1, stream, function, metadata, None, None, None, *pointers, *scalars, *tail)
+        else:
+            pointers = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
+            run(grid, 1, 1, stream_of(home), function, metadata, None, None, None, *pointers, *scalars, *tail)
 
-    return repeat
+    return again
 
 
 def _listening(hook: Any) -> bool:
     return hook is not None and bool(getattr(hook, "calls", True))
-
-
-def is_aligned(tensor: torch.Tensor) -> bool:
-    """Whether Triton may assume wide accesses to this tensor."""
-    return tensor.data_ptr() % ALIGNMENT == 0

@@ -11,17 +11,16 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from tilewright.dispatch.implementation import Supported, Unsupported
+from tilewright.dispatch.implementation import Unsupported
 from tilewright.errors import ImplementationError, UnknownNameError
 from tilewright.platforms import facts
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
     import torch
 
     from tilewright.dispatch.implementation import Implementation
-    from tilewright.platforms import DeviceFacts
 
 
 class _Override(threading.local):
@@ -121,7 +120,7 @@ class Explanation:
 
 @dataclass(frozen=True)
 class Operation:
-    """A public function as dispatch knows it.
+    """A public function that can be explained.
 
     Attributes:
         name: the public function's name.
@@ -135,104 +134,77 @@ class Operation:
 
     def explain(self, *args: Any, **kwargs: Any) -> Explanation:
         """Explain the choice for this call, without making it."""
-        explanation, _ = self._decide(self.describe(*args, **kwargs))
+        explanation, _ = decide(self.name, self.implementations, self.describe(*args, **kwargs))
         return explanation
 
-    def select(self, described: Described) -> tuple[str, Any]:
-        """The chosen implementation's name and its planner.
 
-        Raises:
-            UnknownNameError: no implementation has the name that was asked for.
-            ImplementationError: the one that was asked for cannot serve the call, or none can.
-        """
-        explanation, planner = self._decide(described)
-        if explanation.chosen is None:
-            raise ImplementationError(f"{self.name}: {explanation.reason}\n{explanation}")
-        return explanation.chosen, planner
+def select(name: str, implementations: Sequence[Implementation], described: Described) -> Any:
+    """The planner of the implementation that serves a call.
 
-    def _decide(self, described: Described) -> tuple[Explanation, Any]:
-        asked = described.requested if described.requested is not None else override()
-        how = "impl=" if described.requested is not None else "use()"
-        known = [implementation.name for implementation in self.implementations]
-        if asked is not None and asked not in known:
-            raise UnknownNameError(
-                f"{self.name}: no implementation is called '{asked}' (asked for by {how}); there are: {', '.join(known)}"
-            )
-        device = facts(described.device)
-        chosen: Implementation | None = None
-        planner: Any = None
-        reasons: dict[str, str] = {}
-        failed: list[tuple[Implementation, str]] = []
-        for implementation in self.implementations:
-            if asked is not None and implementation.name != asked:
-                verdict = implementation.supports(device, described.dtypes, described.shape)
-                reasons[implementation.name] = _unasked(verdict, asked)
-                continue
-            if chosen is not None:
-                verdict = implementation.supports(device, described.dtypes, described.shape)
-                reasons[implementation.name] = _second(verdict, chosen.name)
-                continue
-            candidate, reason = self._consider(implementation, device, described, asked is not None)
-            reasons[implementation.name] = reason
-            if candidate is not None:
-                chosen, planner = implementation, candidate
-            elif reason.startswith("cannot be loaded"):
-                failed.append((implementation, reason))
-        if chosen is not None:
-            for implementation, reason in failed:
-                implementation.warn_of_failure(self.name, reason, chosen.name)
-        return self._record(described, device, asked, how, chosen, reasons), planner
+    Raises:
+        UnknownNameError: no implementation has the name that was asked for.
+        ImplementationError: the one that was asked for cannot serve the call, or none can.
+    """
+    explanation, planner = decide(name, implementations, described)
+    if explanation.chosen is None:
+        raise ImplementationError(f"{name}: {explanation.reason}\n{explanation}")
+    return planner
 
-    @staticmethod
-    def _consider(
-        implementation: Implementation, device: DeviceFacts, described: Described, asked: bool
-    ) -> tuple[Any, str]:
-        """The planner and what to note, or None and why not."""
+
+def decide(name: str, implementations: Sequence[Implementation], described: Described) -> tuple[Explanation, Any]:
+    """Choose, and say why; with the chosen one's planner, or None if the call must raise."""
+    asked = described.requested if described.requested is not None else override()
+    how = "impl=" if described.requested is not None else "use()"
+    known = [implementation.name for implementation in implementations]
+    if asked is not None and asked not in known:
+        there_are = f"there are: {', '.join(known)}"
+        raise UnknownNameError(f"{name}: no implementation is called '{asked}' (asked for by {how}); {there_are}")
+    device = facts(described.device)
+    chosen: Implementation | None = None
+    planner: Any = None
+    reasons: dict[str, str] = {}
+    failed: list[tuple[Implementation, str]] = []
+    for implementation in implementations:
         verdict = implementation.supports(device, described.dtypes, described.shape)
         if isinstance(verdict, Unsupported):
-            return None, verdict.reason
-        if verdict.on_request and not asked:
-            return None, f"only on request: {verdict.note}"
-        planner, failure = implementation.planner()
-        if failure is not None:
-            return None, failure
-        return planner, verdict.note or "supports this call"
-
-    def _record(
-        self,
-        described: Described,
-        device: DeviceFacts,
-        asked: str | None,
-        how: str,
-        chosen: Implementation | None,
-        reasons: dict[str, str],
-    ) -> Explanation:
-        if chosen is None:
-            reason = f"'{asked}' was asked for by {how} but {reasons[asked]}" if asked else "no implementation can"
-        elif asked is not None:
-            reason = f"asked for by {how}; {reasons[chosen.name]}"
+            reason = verdict.reason
+        elif asked not in (None, implementation.name):
+            reason = f"supports such a call, but '{asked}' was asked for"
+        elif chosen is not None:
+            reason = f"supports such a call, but '{chosen.name}' comes first"
+        elif verdict.on_request and asked is None:
+            reason = f"only on request: {verdict.note}"
         else:
-            before = [f"{name}: {why}" for name, why in reasons.items() if name != chosen.name]
-            before = before[: [i.name for i in self.implementations].index(chosen.name)]
-            reason = "; ".join([reasons[chosen.name], *before])
-        return Explanation(
-            operation=self.name,
-            device=str(device),
-            dtypes=tuple(str(dtype).removeprefix("torch.") for dtype in described.dtypes),
-            shape=str(described.shape),
-            requested=f"{asked} ({how})" if asked else None,
-            chosen=chosen.name if chosen else None,
-            reason=reason,
-            candidates=tuple(
-                Candidate(implementation.name, implementation is chosen, reasons[implementation.name])
-                for implementation in self.implementations
-            ),
-        )
+            planner, failure = implementation.planner()
+            if failure is None:
+                chosen = implementation
+                reason = verdict.note or "supports this call"
+            else:
+                failed.append((implementation, failure))
+                reason = failure
+        reasons[implementation.name] = reason
+    if chosen is not None:
+        for implementation, failure in failed:
+            implementation.warn_of_failure(name, failure, chosen.name)
+    explanation = Explanation(
+        operation=name,
+        device=str(device),
+        dtypes=tuple(str(dtype).removeprefix("torch.") for dtype in described.dtypes),
+        shape=str(described.shape),
+        requested=f"{asked} ({how})" if asked else None,
+        chosen=chosen.name if chosen else None,
+        reason=_summary(chosen, asked, how, reasons),
+        candidates=tuple(Candidate(i.name, i is chosen, reasons[i.name]) for i in implementations),
+    )
+    return explanation, planner
 
 
-def _unasked(verdict: Supported | Unsupported, asked: str) -> str:
-    return verdict.reason if isinstance(verdict, Unsupported) else f"supports such a call, but '{asked}' was asked for"
-
-
-def _second(verdict: Supported | Unsupported, chosen: str) -> str:
-    return verdict.reason if isinstance(verdict, Unsupported) else f"supports such a call, but '{chosen}' comes first"
+def _summary(chosen: Implementation | None, asked: str | None, how: str, reasons: dict[str, str]) -> str:
+    """The whole decision in a sentence."""
+    if chosen is None:
+        return f"'{asked}' was asked for by {how} but {reasons[asked]}" if asked else "no implementation can serve it"
+    if asked is not None:
+        return f"asked for by {how}; {reasons[chosen.name]}"
+    names = list(reasons)
+    passed_over = [f"{name}: {reasons[name]}" for name in names[: names.index(chosen.name)]]
+    return "; ".join([reasons[chosen.name], *passed_over])

@@ -66,7 +66,8 @@ class KeyValueCache:
 
         Args:
             layer: index of the layer.
-            k, v: [batch, seq, kv_heads, head_dim].
+            k: new keys, [batch, seq, kv_heads, head_dim].
+            v: new values, as ``k``.
         """
         end = self.length + k.shape[1]
         self.keys[layer, :, self.length : end] = k

@@ -83,7 +83,7 @@ class Parts:
             The parts, and the notes by field name, which fill up as the parts are called.
         """
         notes: dict[str, Served] = {}
-        watched = {
+        watched: dict[str, Any] = {
             field.name: _observed(getattr(self, field.name), field.name, notes)
             for field in fields(self)
             if field.name != "name"
@@ -114,9 +114,7 @@ def _plain_rope(
     return _rotate_halves(q, cos, sin), _rotate_halves(k, cos, sin)
 
 
-def _explain_plain_rope(
-    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, start: int
-) -> Served:
+def _explain_plain_rope(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, start: int) -> Served:
     return Served("rope_qk", "plain PyTorch", "what the others are compared with: one PyTorch operator per step")
 
 

@@ -47,7 +47,7 @@ def read_work(name: str) -> bytes:
 
 
 def load_corpus(works: tuple[str, ...] = WORKS) -> Corpus:
-    """The shipped works as tensors. Each gives its last tenth to the validation part, so that both parts know each style.
+    r"""The shipped works as tensors. Each gives its last tenth to the validation part: both parts know each style.
 
     Raises:
         ArgumentError: there is no such work.
@@ -55,7 +55,7 @@ def load_corpus(works: tuple[str, ...] = WORKS) -> Corpus:
     Example:
         >>> corpus = load_corpus(("alice_in_wonderland",))
         >>> decode(corpus.validation[-8:])
-        'THE END\\n'
+        'THE END\n'
     """
     train, validation = [], []
     for work in works:

@@ -150,7 +150,7 @@ def _step(
 ) -> torch.Tensor:
     with computing_in(dtype, model.device):
         loss = model.loss(inputs, targets)
-    loss.backward()
+    loss.backward()  # type: ignore[no-untyped-call]
     torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)

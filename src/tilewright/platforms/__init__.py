@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     import torch
@@ -36,6 +36,14 @@ class DeviceFacts:
         return " ".join(part for part in (self.kind, self.arch, f"({self.name})" if self.name else "") if part)
 
 
+class _Family(Protocol):
+    """What each module of this package offers."""
+
+    def owns(self, device_type: str) -> bool: ...
+
+    def facts(self, index: int | None) -> DeviceFacts: ...
+
+
 def facts(device: torch.device) -> DeviceFacts:
     """The facts of ``device``. Asks the driver once per device, never before a tensor lies on it."""
     return _facts(device.type, device.index)
@@ -45,7 +53,8 @@ def facts(device: torch.device) -> DeviceFacts:
 def _facts(device_type: str, index: int | None) -> DeviceFacts:
     from tilewright.platforms import amd, cpu, npu, nvidia
 
-    for family in (nvidia, amd, cpu, npu):
+    families: tuple[_Family, ...] = (nvidia, amd, cpu, npu)
+    for family in families:
         if family.owns(device_type):
             return family.facts(index)
     return DeviceFacts(kind=device_type)

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 
 from tilewright.dispatch import Operation
-from tilewright.dispatch.eager import unobserved
+from tilewright.dispatch.eager import record, unobserved
 from tilewright.dispatch.selection import override
 from tilewright.errors import ArgumentError, DTypeError
 from tilewright.ops.rope.call import Inputs, Options
 from tilewright.ops.rope.op import IMPLEMENTATIONS, described, rotate, tail
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from tilewright.dispatch import Described
 
 Layout = Literal["bshd", "sbhd", "bhsd", "thd"]
@@ -106,9 +109,11 @@ def rope(
         >>> tilewright.rope(torch.randn(2, 128, 8, 64), cos, sin).shape
         torch.Size([2, 128, 8, 64])
     """
-    inputs, offset, options, impl = _normalise(
-        "rope", x, None, cos, sin, layout, interleaved, position_ids, offsets, cu_seqlens, context_parallel, rotary_dim,
-        rotary_offset, mrope_section, mrope_interleaved, inverse, numerics, impl,
+    offset, starts = (0, None) if offsets is None else _split(offsets)
+    inputs = (x, None, cos, sin, position_ids, starts, cu_seqlens)
+    options = (
+        layout, interleaved, rotary_dim, rotary_offset, context_parallel and tuple(context_parallel),
+        mrope_section and tuple(mrope_section), mrope_interleaved, inverse, False, numerics,
     )  # fmt: skip
     return _run("rope", inputs, offset, options, impl, inplace)[0]
 
@@ -170,9 +175,11 @@ def rope_qk(
         >>> k.shape
         torch.Size([2, 128, 2, 64])
     """
-    inputs, offset, options, impl = _normalise(
-        "rope_qk", q, k, cos, sin, layout, interleaved, position_ids, offsets, cu_seqlens, context_parallel, rotary_dim,
-        rotary_offset, mrope_section, mrope_interleaved, inverse, numerics, impl,
+    offset, starts = (0, None) if offsets is None else _split(offsets)
+    inputs = (q, k, cos, sin, position_ids, starts, cu_seqlens)
+    options = (
+        layout, interleaved, rotary_dim, rotary_offset, context_parallel and tuple(context_parallel),
+        mrope_section and tuple(mrope_section), mrope_interleaved, inverse, False, numerics,
     )  # fmt: skip
     q_out, k_out = _run("rope_qk", inputs, offset, options, impl, inplace)
     assert k_out is not None
@@ -234,46 +241,34 @@ def rope_from_angles(
         >>> tilewright.rope_from_angles(torch.randn(2, 128, 8, 64), angles).shape
         torch.Size([2, 128, 8, 64])
     """
-    inputs, offset, options, impl = _normalise(
-        "rope_from_angles", x, None, angles, None, layout, interleaved, position_ids, offsets, cu_seqlens,
-        context_parallel, rotary_dim, rotary_offset, mrope_section, mrope_interleaved, inverse, numerics, impl,
+    offset, starts = (0, None) if offsets is None else _split(offsets)
+    inputs = (x, None, _flat(angles), None, position_ids, starts, cu_seqlens)
+    options = (
+        layout, interleaved, rotary_dim, rotary_offset, context_parallel and tuple(context_parallel),
+        mrope_section and tuple(mrope_section), mrope_interleaved, inverse, False, numerics,
     )  # fmt: skip
     return _run("rope_from_angles", inputs, offset, options, impl, inplace)[0]
 
 
-def _normalise(
-    operation: str, q: torch.Tensor, k: torch.Tensor | None, cos: torch.Tensor, sin: torch.Tensor | None, layout: str,
-    interleaved: bool, position_ids: torch.Tensor | None, offsets: int | torch.Tensor | None,
-    cu_seqlens: torch.Tensor | None, context_parallel: tuple[int, int] | None, rotary_dim: int | None,
-    rotary_offset: int, mrope_section: tuple[int, int, int] | None, mrope_interleaved: bool, inverse: bool,
-    numerics: str, impl: str | None,
-) -> tuple[Inputs, int, Options, str | None]:  # fmt: skip
-    """The tensors, the number added to every position, and the options."""
-    offset = 0
-    if isinstance(offsets, torch.Tensor):
-        offset_tensor: torch.Tensor | None = offsets
-    else:
-        offset_tensor = None
-        if offsets is not None:
-            offset = offsets
-    if sin is None and cos.dim() > 2:  # Transformer Engine's [P, 1, 1, rotary_dim]
-        if cos.numel() != cos.shape[0] * cos.shape[-1]:
-            raise ArgumentError(operation, "angles", f"got shape {tuple(cos.shape)}; expected [positions, angles]")
-        cos = cos.reshape(cos.shape[0], cos.shape[-1])
-    if context_parallel is not None:
-        context_parallel = tuple(context_parallel)  # type: ignore[assignment]
-    if mrope_section is not None:
-        mrope_section = tuple(mrope_section)  # type: ignore[assignment]
-    inputs = Inputs(q, k, cos, sin, position_ids, offset_tensor, cu_seqlens)
-    options = Options(
-        layout, interleaved, rotary_dim, rotary_offset, context_parallel, mrope_section, mrope_interleaved, inverse,
-        False, numerics,
-    )  # fmt: skip
-    return inputs, offset, options, impl
+def _split(offsets: int | torch.Tensor) -> tuple[int, torch.Tensor | None]:
+    """The number added to every position, and the tensor of one for each sequence."""
+    return (0, offsets) if isinstance(offsets, torch.Tensor) else (offsets, None)
+
+
+def _flat(angles: torch.Tensor) -> torch.Tensor:
+    """Transformer Engine's ``[P, 1, 1, rotary_dim]`` without the dimensions in between."""
+    if angles.dim() > 2 and angles.numel() == angles.shape[0] * angles.shape[-1]:
+        return angles.reshape(angles.shape[0], angles.shape[-1])
+    return angles
 
 
 def _run(
-    operation: str, inputs: Inputs, offset: int, options: Options, impl: str | None, inplace: bool
+    operation: str,
+    inputs: tuple[Any, ...],
+    offset: int,
+    options: tuple[Any, ...],
+    impl: str | None,
+    inplace: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     q, k, cos, sin = inputs[:4]
     needs_grad = False
@@ -281,7 +276,9 @@ def _run(
         needs_grad = q.requires_grad or (k is not None and k.requires_grad)
         if cos.requires_grad or (sin is not None and sin.requires_grad):
             raise ArgumentError(
-                operation, "angles" if sin is None else "cos", "requires a gradient, but tables are constants; detach it"
+                operation,
+                "angles" if sin is None else "cos",
+                "requires a gradient, but tables are constants; detach it",
             )
     if not unobserved(inputs):
         return _run_registered(inputs, offset, options, impl, inplace, needs_grad)
@@ -292,19 +289,19 @@ def _run(
     rest = (inputs[2:], offset, options, impl, operation)
     if not inplace:
         if k is None:
-            return _Rotation.apply(q, rest), None
-        result: tuple[torch.Tensor, torch.Tensor] = _RotationQK.apply(q, k, rest)
+            return _rotation(q, rest), None
+        result: tuple[torch.Tensor, torch.Tensor] = _rotation_qk(q, k, rest)
         return result
     for name, x in (("x" if k is None else "q", q), ("k", k)):
         if x is not None and x.is_leaf and x.requires_grad:
             raise ArgumentError(operation, name, "is a leaf that requires a gradient; it cannot be written in place")
     # torch lets one function write into one view only, so q and k take a launch each.
-    q = _RotationInplace.apply(q, rest)
-    return q, None if k is None else _RotationInplace.apply(k, rest)
+    q = _rotation_inplace(q, rest)
+    return q, None if k is None else _rotation_inplace(k, rest)
 
 
 def _run_registered(
-    inputs: Inputs, offset: int, options: Options, impl: str | None, inplace: bool, needs_grad: bool
+    inputs: tuple[Any, ...], offset: int, options: tuple[Any, ...], impl: str | None, inplace: bool, needs_grad: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Through the registered operators: under torch.compile and wherever somebody watches the dispatcher."""
     q, k = inputs[:2]
@@ -331,15 +328,14 @@ class _Rotation(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, rest: tuple[Any, ...]) -> torch.Tensor:
-        (cos, sin, *positions), offset, options, impl, operation = rest
-        inputs = Inputs(x, None, cos, sin, *positions)
-        y, _ = rotate(inputs, offset, options, impl, operation=operation)
-        ctx.save_for_backward(cos, sin, *positions)
-        ctx.rest = (offset, options, impl, operation, y.stride())
+        tables, offset, options, impl, operation = rest
+        y, _ = rotate((x, None, *tables), offset, options, impl, operation=operation)
+        ctx.save_for_backward(*tables)
+        ctx.rest = (offset, options, impl, operation, y.stride(), None)
         return y
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
         return _transposed(ctx, grad, None)[0], None
 
 
@@ -348,16 +344,15 @@ class _RotationQK(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, rest: tuple[Any, ...]) -> tuple[torch.Tensor, ...]:
-        (cos, sin, *positions), offset, options, impl, operation = rest
-        inputs = Inputs(q, k, cos, sin, *positions)
-        q_out, k_out = rotate(inputs, offset, options, impl, operation=operation)
+        tables, offset, options, impl, operation = rest
+        q_out, k_out = rotate((q, k, *tables), offset, options, impl, operation=operation)
         assert k_out is not None
-        ctx.save_for_backward(cos, sin, *positions)
+        ctx.save_for_backward(*tables)
         ctx.rest = (offset, options, impl, operation, q_out.stride(), k_out.stride())
         return q_out, k_out
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         return (*_transposed(ctx, *grads), None)
 
 
@@ -366,36 +361,40 @@ class _RotationInplace(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, rest: tuple[Any, ...]) -> torch.Tensor:
-        (cos, sin, *positions), offset, options, impl, operation = rest
-        rotate(Inputs(x, None, cos, sin, *positions), offset, options, impl, inplace=True, operation=operation)
+        tables, offset, options, impl, operation = rest
+        rotate((x, None, *tables), offset, options, impl, inplace=True, operation=operation)
         ctx.mark_dirty(x)
-        ctx.save_for_backward(cos, sin, *positions)
-        ctx.rest = (offset, options, impl, operation, torch.empty_like(x, device="meta").stride())
+        ctx.save_for_backward(*tables)
+        ctx.rest = (offset, options, impl, operation, torch.empty_like(x, device="meta").stride(), None)
         return x
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
         return _transposed(ctx, grad, None)[0], None
 
 
-def _transposed(ctx: Any, grad_q: torch.Tensor, grad_k: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+_rotation, _rotation_qk, _rotation_inplace = map(record, (_Rotation, _RotationQK, _RotationInplace))
+
+
+def _transposed(
+    ctx: Any, grad_q: torch.Tensor, grad_k: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Rotate gradients by the transposed matrices, into the strides of the forward's results."""
     offset, options, impl, operation, *strides = ctx.rest
+    options = Options(*options)
     options = options._replace(transpose=not options.transpose)
-    inputs = Inputs(grad_q, grad_k, *ctx.saved_tensors)
-    if torch.is_grad_enabled() or not unobserved(inputs):  # for gradients of gradients
+    inputs = (grad_q, grad_k, *ctx.saved_tensors)
+    if torch.is_grad_enabled() or not unobserved(inputs):  # also for gradients of gradients
         rest = tail(inputs, offset, options, impl)
         if grad_k is None:
             return torch.ops.tilewright.rope(grad_q, *rest, strides[0]), None
         result: tuple[torch.Tensor, torch.Tensor] = torch.ops.tilewright.rope_qk(grad_q, grad_k, *rest, *strides)
         return result
-    return rotate(inputs, offset, options, impl, strides=(strides[0], strides[-1]), operation=operation)
+    return rotate(inputs, offset, options, impl, strides=tuple(strides), operation=operation)
 
 
-def _describe(function: Any) -> Any:
+def _describe(function: Callable[..., Any]) -> Callable[..., Described]:
     """How an explanation reads the arguments of a public function."""
-    import inspect
-
     signature = inspect.signature(function)
     name = function.__name__
 
@@ -406,14 +405,12 @@ def _describe(function: Any) -> Any:
             raise DTypeError("explain", name, str(error)) from error
         bound.apply_defaults()
         given = bound.arguments
-        given.pop("inplace")
-        if name == "rope_from_angles":
-            tensors = (given.pop("x"), None, given.pop("angles"), None)
-        elif name == "rope":
-            tensors = (given.pop("x"), None, given.pop("cos"), given.pop("sin"))
-        else:
-            tensors = tuple(given.pop(key) for key in ("q", "k", "cos", "sin"))
-        return described(*_normalise(name, *tensors, **given), name)
+        offset, starts = (0, None) if given["offsets"] is None else _split(given["offsets"])
+        cos, sin = (_flat(given["angles"]), None) if "angles" in given else (given["cos"], given["sin"])
+        q, k = (given["x"], None) if "x" in given else (given["q"], given["k"])
+        inputs = Inputs(q, k, cos, sin, given["position_ids"], starts, given["cu_seqlens"])
+        options = Options(**{field: given[field] for field in Options._fields if field in given})
+        return described(inputs, offset, options, given["impl"], name)
 
     return describe
 

@@ -7,6 +7,7 @@ and ``explain`` all come through it.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -15,7 +16,11 @@ from tilewright import settings
 from tilewright.errors import ArgumentError, DTypeError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
+
+    Outputs = tuple[torch.Tensor, torch.Tensor | None]
+    Runner = Callable[["Sequence[torch.Tensor | None]", int, Outputs], None]
+    Planner = Callable[["RopeCall", "Inputs", Outputs], Runner]
 
 MAX_HEAD_DIM = 512
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -89,6 +94,12 @@ class RopeCall:
         return self.rotary_dim // 2
 
     @property
+    def last_offset(self) -> int:
+        """The largest number that may be added to counted positions of whole sequences within the table."""
+        size = 1 if self.options.context_parallel is None else self.options.context_parallel[1]
+        return self.n_positions - self.seqlen * size
+
+    @property
     def compute_dtype(self) -> torch.dtype:
         """The arithmetic's dtype."""
         return torch.float64 if self.dtype == torch.float64 else torch.float32
@@ -156,7 +167,9 @@ def _check_options(options: Options, operation: str) -> Axes:
         raise ArgumentError(operation, "context_parallel", f"got {parallel}; expected (rank, size), 0 <= rank < size")
     section = options.mrope_section
     if section is not None and (len(section) != 3 or min(section) < 0):
-        raise ArgumentError(operation, "mrope_section", f"got {section}; expected three numbers of pairs, none negative")
+        raise ArgumentError(
+            operation, "mrope_section", f"got {section}; expected three numbers of pairs, none negative"
+        )
     if section is None and options.mrope_interleaved:
         raise ArgumentError(operation, "mrope_interleaved", "has no meaning without mrope_section")
     return LAYOUTS[options.layout]
@@ -216,7 +229,9 @@ def _check_tables(inputs: Inputs, options: Options, head_dim: int, operation: st
         raise ArgumentError(operation, "rotary_dim", f"got {rotary_dim}; expected an even number of at least 2")
     if width not in (rotary_dim, rotary_dim // 2):
         raise ArgumentError(
-            operation, first, f"has {width} columns; expected {rotary_dim // 2} or {rotary_dim} for rotary_dim {rotary_dim}"
+            operation,
+            first,
+            f"has {width} columns; expected {rotary_dim // 2} or {rotary_dim} for rotary_dim {rotary_dim}",
         )
     if rotary_dim > head_dim:
         raise ArgumentError(operation, first, f"rotates {rotary_dim} features, more than head_dim {head_dim}")
@@ -281,12 +296,11 @@ def _check_offsets(offsets: torch.Tensor, n_sequences: int, operation: str) -> N
 
 
 def _check_reach(call: RopeCall, inputs: Inputs, offset: int, operation: str) -> None:
-    """Refuse a table that is too short for positions known from the shapes; offset is known at each call."""
+    """Refuse a table that is too short for positions known from shapes and offset."""
     if inputs.position_ids is not None or inputs.offsets is not None or inputs.cu_seqlens is not None:
         return
-    size = 1 if call.options.context_parallel is None else call.options.context_parallel[1]
-    last = offset + call.seqlen * size - 1
-    if call.batch * call.seqlen > 0 and last >= call.n_positions:
+    if call.batch * call.seqlen > 0 and offset > call.last_offset:
+        last = call.n_positions - 1 + offset - call.last_offset
         raise _too_short(call, last, operation, inputs)
 
 
@@ -335,13 +349,15 @@ def _sequence_lengths(call: RopeCall, cu_seqlens: torch.Tensor, operation: str) 
     size = 1 if call.options.context_parallel is None else call.options.context_parallel[1]
     if starts[0] != 0:
         raise ArgumentError(operation, "cu_seqlens", f"starts with {starts[0]}; expected 0")
-    lengths = [end - start for start, end in zip(starts, starts[1:], strict=False)]
+    lengths = [end - start for start, end in pairwise(starts)]
     for index, length in enumerate(lengths):
         if length < 0:
             raise ArgumentError(operation, "cu_seqlens", f"descends from {starts[index]} to {starts[index + 1]}")
         if call.options.context_parallel is not None and length % (2 * size):
             raise ArgumentError(
-                operation, "cu_seqlens", f"sequence {index} has {length} tokens; {size} ranks need a multiple of {2 * size}"
+                operation,
+                "cu_seqlens",
+                f"sequence {index} has {length} tokens; {size} ranks need a multiple of {2 * size}",
             )
     if starts[-1] > call.seqlen * size:
         raise ArgumentError(

@@ -18,13 +18,13 @@ import triton.language as tl
 
 from tilewright.dispatch.launch import BoundKernel
 from tilewright.errors import ArgumentError
-from tilewright.ops.rope.call import LAYOUTS
+from tilewright.ops.rope.call import LAYOUTS, Inputs
 from tilewright.ops.rope.launch import launch_parameters
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Sequence
 
-    from tilewright.ops.rope.call import Inputs, RopeCall
+    from tilewright.ops.rope.call import Outputs, RopeCall, Runner
 
 _COMPUTE = {torch.float32: tl.float32, torch.float64: tl.float64}
 _MAX_PROGRAMS = 2**31 - 1
@@ -153,7 +153,7 @@ def _copy(
     ]
 )  # fmt: skip
 def rope_kernel(
-    q_ptr, k_ptr, q_out_ptr, k_out_ptr, cos_ptr, sin_ptr, position_ptr, offset_ptr, cu_seqlens_ptr,
+    q_ptr, k_ptr, cos_ptr, sin_ptr, position_ptr, offset_ptr, cu_seqlens_ptr, q_out_ptr, k_out_ptr,
     offset,
     stride_q_batch, stride_q_token, stride_q_head, stride_k_batch, stride_k_token, stride_k_head,
     stride_q_out_batch, stride_q_out_token, stride_q_out_head,
@@ -170,7 +170,7 @@ def rope_kernel(
     BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_P: tl.constexpr,
     BLOCK_BEFORE: tl.constexpr, BLOCK_AFTER: tl.constexpr,
 ):  # fmt: skip
-    # The grid is one axis over (batch, tile of tokens, tile of q's heads then k's), the heads fastest.
+    """Rotate one tile. The grid is one axis over (batch, tile of tokens, tile of q's heads then k's), heads fastest."""
     n_q_tiles = tl.cdiv(n_q_heads, BLOCK_H)
     n_tiles = n_q_tiles
     if k_ptr is not None:
@@ -266,9 +266,7 @@ def rope_kernel(
         _copy(x_ptr, y_ptr, x_row, y_row, row_mask, stride_x_dim, stride_y_dim, AFTER, HEAD_DIM - AFTER, BLOCK_AFTER)
 
 
-def plan(
-    call: RopeCall, inputs: Inputs, outputs: tuple[torch.Tensor, torch.Tensor | None]
-) -> Callable[[Inputs, int, tuple[torch.Tensor, torch.Tensor | None]], None]:
+def plan(call: RopeCall, inputs: Inputs, outputs: Outputs) -> Runner:
     """Prepare the launch for tensors of this metadata; ``inputs`` and ``outputs`` themselves are not kept."""
     q, k = inputs.q, inputs.k
     block = launch_parameters(call, q)
@@ -283,9 +281,7 @@ def plan(
     in_place = outputs[0] is q
     axes = LAYOUTS[call.options.layout]
     x_strides = [
-        stride
-        for tensor in (q, k, *outputs)
-        for stride in ((0, 0, 0) if tensor is None else _strides(tensor, axes))
+        stride for tensor in (q, k, *outputs) for stride in ((0, 0, 0) if tensor is None else _strides(tensor, axes))
     ]
     cp_rank, cp_size = call.options.context_parallel or (0, 1)
     section = call.options.mrope_section or (0, 0, 0)
@@ -326,21 +322,18 @@ def plan(
     options = {"num_warps": block.num_warps, "enable_fp_fusion": False}
     kernel = BoundKernel(rope_kernel, programs, q.device, tail, options)
 
-    def run(inputs: Inputs, offset: int, outputs: tuple[torch.Tensor, torch.Tensor | None]) -> None:
-        q, k, cos, sin, position_ids, offsets, cu_seqlens = inputs
-        kernel((q, k, *outputs, cos, sin, position_ids, offsets, cu_seqlens), offset)
-
-    return run
+    return lambda inputs, offset, outputs: kernel((*inputs, *outputs), offset)
 
 
-def _with_equal_tables(
-    call: RopeCall, inputs: Inputs, outputs: tuple[torch.Tensor, torch.Tensor | None]
-) -> Callable[[Inputs, int, tuple[torch.Tensor, torch.Tensor | None]], None]:
+def _with_equal_tables(call: RopeCall, inputs: Inputs, outputs: Outputs) -> Runner:
     """The kernel has one set of strides for both tables: make them equal where they are not."""
 
-    def equal(inputs: Inputs) -> Inputs:
-        assert inputs.sin is not None
-        return inputs._replace(cos=inputs.cos.contiguous(), sin=inputs.sin.contiguous())
+    def equal(inputs: Sequence[torch.Tensor | None]) -> Inputs:
+        q, k, cos, sin, *positions = inputs
+        assert q is not None
+        assert cos is not None
+        assert sin is not None
+        return Inputs(q, k, cos.contiguous(), sin.contiguous(), *positions)
 
     run = plan(call, equal(inputs), outputs)
     return lambda inputs, offset, outputs: run(equal(inputs), offset, outputs)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from tilewright.dispatch import Described, Implementation, Operation, Supported, triton_verdict
+from tilewright.dispatch import Described, Implementation, Supported, select, triton_verdict
 from tilewright.dispatch.eager import PlanCache, metadata
 from tilewright.dispatch.selection import override
 from tilewright.errors import ArgumentError
@@ -21,12 +21,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from tilewright.dispatch import Verdict
-    from tilewright.ops.rope.call import RopeCall
+    from tilewright.ops.rope.call import Outputs, Planner, RopeCall, Runner
     from tilewright.platforms import DeviceFacts
 
-    Outputs = tuple[torch.Tensor, torch.Tensor | None]
-    Runner = Callable[[Inputs, int, Outputs], None]
-    Planner = Callable[[RopeCall, Inputs, Outputs], Runner]
     Strides = tuple[int, ...] | None
 
 
@@ -34,7 +31,7 @@ def _load_reference() -> Planner:
     from tilewright.ops.rope.reference import rotate
 
     def plan(call: RopeCall, inputs: Inputs, outputs: Outputs) -> Runner:
-        return lambda inputs, offset, outputs: rotate(call, inputs, offset, outputs)
+        return lambda inputs, offset, outputs: rotate(call, Inputs._make(inputs), offset, outputs)
 
     return plan
 
@@ -61,10 +58,19 @@ IMPLEMENTATIONS = (
 
 @dataclass(frozen=True)
 class _Plan:
-    """All that calls of equal metadata share."""
+    """All that calls of equal metadata share.
+
+    Attributes:
+        call: the valid call.
+        run: computes it.
+        has_values: values in index tensors may have to be checked.
+        last_offset: the largest number that may be added to the positions unchecked.
+    """
 
     call: RopeCall
     run: Runner
+    has_values: bool
+    last_offset: int
 
 
 _PLANS: PlanCache[_Plan] = PlanCache()
@@ -78,9 +84,9 @@ def described(inputs: Inputs, offset: int, options: Options, impl: str | None, o
 
 
 def rotate(
-    inputs: Inputs,
+    inputs: Sequence[torch.Tensor | None],
     offset: int,
-    options: Options,
+    options: tuple[Any, ...],
     impl: str | None,
     *,
     inplace: bool = False,
@@ -89,32 +95,32 @@ def rotate(
 ) -> Outputs:
     """Rotate by the implementation that selection names; everything that real tensors go through.
 
+    Written to cost little: where a plan is at hand, named tuples stay plain ones and nothing is validated again.
+
     Args:
-        inputs: the tensors.
+        inputs: the tensors of :class:`Inputs`, in its order.
         offset: added to every position that is counted rather than given.
-        options: the options.
+        options: the options of :class:`Options`, in its order.
         impl: the implementation asked for.
-        inplace: write into ``inputs`` and return them.
+        inplace: write into ``q`` and ``k`` and return them.
         strides: of the results, where they should differ from what ``torch.empty_like`` gives.
         operation: the public function, for messages.
     """
-    impl = impl if impl is not None else override()
-    q, k = inputs.q, inputs.k
+    if impl is None:
+        impl = override()
+    q: Any = inputs[0]
+    k = inputs[1]
     if inplace:
         outputs: Outputs = (q, k)
     else:
         outputs = (_empty(q, strides[0]), None if k is None else _empty(k, strides[1]))
-    key = (options, impl, inplace, *map(metadata, inputs), strides)
-
-    def make() -> _Plan:
-        seen = described(inputs, offset, options, impl, operation)
-        if inplace:
-            check_inplace(inputs, operation)
-        _, planner = Operation(operation, describe, IMPLEMENTATIONS).select(seen)
-        return _Plan(seen.shape, planner(seen.shape, inputs, outputs))
-
-    plan = _PLANS.get(key, make)
-    check_call(plan.call, inputs, offset, operation)
+    key = (options, impl, inplace, strides, metadata(inputs))
+    plan = _PLANS.get(key)
+    if plan is None:
+        made = _make_plan(Inputs._make(inputs), offset, Options._make(options), impl, outputs, operation)
+        plan = _PLANS.put(key, made)
+    if plan.has_values or offset > plan.last_offset:
+        check_call(plan.call, Inputs._make(inputs), offset, operation)
     plan.run(inputs, offset, outputs)
     if inplace:
         torch.autograd.graph.increment_version(q)
@@ -123,11 +129,30 @@ def rotate(
     return outputs
 
 
+def _make_plan(
+    inputs: Inputs, offset: int, options: Options, impl: str | None, outputs: Outputs, operation: str
+) -> _Plan:
+    seen = described(inputs, offset, options, impl, operation)
+    call: RopeCall = seen.shape
+    if outputs[0] is inputs.q:
+        check_inplace(inputs, operation)
+    planner: Planner = _plan_nothing if inputs.q.is_meta else select(operation, IMPLEMENTATIONS, seen)
+    has_values = any(tensor is not None for tensor in inputs[4:])
+    return _Plan(call, planner(call, inputs, outputs), has_values, call.last_offset)
+
+
+def _plan_nothing(call: RopeCall, inputs: Inputs, outputs: Outputs) -> Runner:
+    """On the meta device there is nothing to compute."""
+    return lambda inputs, offset, outputs: None
+
+
 def _empty(x: torch.Tensor, strides: Strides) -> torch.Tensor:
-    return torch.empty_like(x) if strides is None else torch.empty_strided(x.shape, strides, dtype=x.dtype, device=x.device)
+    if strides is None:
+        return torch.empty_like(x)
+    return torch.empty_strided(x.shape, strides, dtype=x.dtype, device=x.device)
 
 
-_LIBRARY = torch.library.Library("tilewright", "FRAGMENT")
+_LIBRARY: Any = torch.library.Library("tilewright", "FRAGMENT")  # type: ignore[no-untyped-call]
 _TAIL = (
     "Tensor cos, Tensor? sin, Tensor? position_ids=None, Tensor? offsets=None, Tensor? cu_seqlens=None, "
     "SymInt offset=0, str layout='bshd', bool interleaved=False, int? rotary_dim=None, int rotary_offset=0, "
@@ -136,13 +161,17 @@ _TAIL = (
 )
 _N_TAIL = _TAIL.count(",") + 1
 _LIBRARY.define(f"rope(Tensor x, {_TAIL}, SymInt[]? strides=None) -> Tensor")
-_LIBRARY.define(f"rope_qk(Tensor q, Tensor k, {_TAIL}, SymInt[]? q_strides=None, SymInt[]? k_strides=None) -> (Tensor, Tensor)")
+_LIBRARY.define(
+    f"rope_qk(Tensor q, Tensor k, {_TAIL}, SymInt[]? q_strides=None, SymInt[]? k_strides=None) -> (Tensor, Tensor)"
+)
 _LIBRARY.define(f"rope_(Tensor(a!) x, {_TAIL}) -> ()")
 _LIBRARY.define(f"rope_qk_(Tensor(a!) q, Tensor(b!) k, {_TAIL}) -> ()")
 OPERATORS = ("rope", "rope_qk", "rope_", "rope_qk_")
 
 
-def tail(inputs: Inputs, offset: int, options: Options, impl: str | None) -> tuple[Any, ...]:
+def tail(
+    inputs: Sequence[torch.Tensor | None], offset: int, options: tuple[Any, ...], impl: str | None
+) -> tuple[Any, ...]:
     """The operators' arguments after the rotated tensors."""
     return (*inputs[2:], offset, *options, impl)
 
@@ -151,7 +180,7 @@ def _untail(q: torch.Tensor, k: torch.Tensor | None, tail: Sequence[Any]) -> tup
     """The other way round: torch hands lists where options are tuples."""
     cos, sin, position_ids, offsets, cu_seqlens, offset, *options, impl = tail
     hashable = (tuple(option) if isinstance(option, list) else option for option in options)
-    return Inputs(q, k, cos, sin, position_ids, offsets, cu_seqlens), offset, Options(*hashable), impl
+    return Inputs(q, k, cos, sin, position_ids, offsets, cu_seqlens), offset, Options._make(hashable), impl
 
 
 def _defaults(tail: Sequence[Any]) -> tuple[Any, ...]:

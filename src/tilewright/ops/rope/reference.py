@@ -85,12 +85,11 @@ def rotation(
         return torch.where(valid[axis].movedim(0, -1), chosen, identity)
 
     if not call.full_table:
-        parts = ((cos, sin), (cos, sin))
-    elif options.interleaved:
-        parts = ((cos[:, 0::2], sin[:, 0::2]), (cos[:, 1::2], sin[:, 1::2]))
+        cos_1 = cos_2 = gather(cos, 1.0)
+        sin_1 = sin_2 = gather(sin, 0.0)
     else:
-        parts = tuple(zip(cos.chunk(2, 1), sin.chunk(2, 1), strict=True))
-    (cos_1, sin_1), (cos_2, sin_2) = ((gather(c, 1.0), gather(s, 0.0)) for c, s in parts)
+        cos_1, cos_2 = (gather(half, 1.0) for half in _halves(call, cos))
+        sin_1, sin_2 = (gather(half, 0.0) for half in _halves(call, sin))
     m11, m12, m21, m22 = cos_1, -sin_1, sin_2, cos_2
     if options.inverse:
         determinant = cos_1 * cos_2 + sin_1 * sin_2

@@ -60,12 +60,11 @@ class RopeCase:
     def arguments(self, device: torch.device, dtype: torch.dtype, seed: int = 0) -> Arguments:
         """The call on random data."""
         generator = torch.Generator().manual_seed(seed)
-        tensors = [self._x(self.heads, dtype, generator).to(device)]
+        tensors = [self._x(self.heads, device, dtype, generator)]
         if self.function == "rope_qk":
-            tensors.append(self._x(self.kv_heads, dtype, generator).to(device))
-        tables = [t.to(device) for t in self._tables(dtype, generator)]
-        if self.function == "rope_from_angles":
-            tables = tables[:1]
+            tensors.append(self._x(self.kv_heads, device, dtype, generator))
+        cos, sin = self._tables(device, dtype, generator)
+        tables = (cos,) if self.function == "rope_from_angles" else (cos, sin)
         kwargs: dict[str, Any] = {"layout": self.layout, **self._positions(device, generator)}
         defaults = RopeCase("")
         for name in ("interleaved", "rotary_dim", "rotary_offset", "inverse", "numerics", "context_parallel"):
@@ -85,13 +84,13 @@ class RopeCase:
 
     def definition(self, arguments: Arguments) -> tuple[torch.Tensor, ...]:
         """The rotated tensors, by ``reference.py`` alone."""
-        rotated, tables = self.differentiable(arguments), arguments.args[len(self.differentiable(arguments)) :]
+        q, *rest = arguments.args
+        k = rest.pop(0) if self.function == "rope_qk" else None
+        cos, sin = rest if len(rest) == 2 else (rest[0], None)
         given = dict(arguments.kwargs)
         offsets = given.pop("offsets", 0)
         tensor = offsets if isinstance(offsets, torch.Tensor) else None
-        inputs = Inputs(
-            *(*rotated, None)[:2], *(*tables, None)[:2], given.pop("position_ids", None), tensor, given.pop("cu_seqlens", None)
-        )
+        inputs = Inputs(q, k, cos, sin, given.pop("position_ids", None), tensor, given.pop("cu_seqlens", None))
         offset = 0 if tensor is not None else offsets
         call = describe(inputs, offset, Options(**given), self.function)
         outputs = (torch.empty_like(inputs.q), None if inputs.k is None else torch.empty_like(inputs.k))
@@ -102,7 +101,10 @@ class RopeCase:
         """The rotated tensors."""
         return tuple(arguments.args[: 2 if self.function == "rope_qk" else 1])
 
-    def _x(self, heads: int, dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
+    def _x(self, heads: int, device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
+        def random(shape: list[int]) -> torch.Tensor:
+            return torch.randn(shape, generator=generator, dtype=torch.float64).to(device, dtype)
+
         axes = LAYOUTS[self.layout]
         shape = [0] * (3 if axes.batch is None else 4)
         shape[axes.token], shape[axes.head], shape[-1] = self.seqlen, heads, self.head_dim
@@ -110,25 +112,25 @@ class RopeCase:
             shape[axes.batch] = self.batch
         if self.strides == "expanded" and axes.batch is not None:
             one = [1 if d == axes.batch else size for d, size in enumerate(shape)]
-            return torch.randn(one, generator=generator, dtype=torch.float64).to(dtype).expand(shape)
+            return random(one).expand(shape)
         if self.strides == "sliced":
-            wide = [*shape[:-1], 2 * self.head_dim + 8]
-            return torch.randn(wide, generator=generator, dtype=torch.float64).to(dtype)[..., 8 : 8 + self.head_dim]
+            return random([*shape[:-1], 2 * self.head_dim + 8])[..., 8 : 8 + self.head_dim]
         if self.strides == "spread":
-            wide = [*shape[:-1], 2 * self.head_dim]
-            return torch.randn(wide, generator=generator, dtype=torch.float64).to(dtype)[..., ::2]
+            return random([*shape[:-1], 2 * self.head_dim])[..., ::2]
         if self.strides == "permuted":
             swapped = list(shape)
             swapped[axes.token], swapped[axes.head] = shape[axes.head], shape[axes.token]
-            x = torch.randn(swapped, generator=generator, dtype=torch.float64).to(dtype)
-            return x.transpose(axes.token, axes.head)
-        return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+            return random(swapped).transpose(axes.token, axes.head)
+        return random(shape)
 
-    def _tables(self, dtype: torch.dtype, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    def _tables(
+        self, device: torch.device, dtype: torch.dtype, generator: torch.Generator
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosines and sines of random angles; for a call by angles, the angles and something unused."""
         rotary_dim = self.rotary_dim or self.head_dim
         width = rotary_dim if self.table == "full" else rotary_dim // 2
         angle = torch.rand(self.positions_in_table, width, generator=generator, dtype=torch.float64) * 20 - 10
+        angle = angle.to(device)
         table_dtype = dtype if self.table_in_input_dtype or dtype == torch.float64 else torch.float32
         if self.function == "rope_from_angles":
             return angle.to(table_dtype), angle
@@ -179,19 +181,30 @@ class RopeCase:
 def _grid() -> tuple[RopeCase, ...]:
     every = DTYPES
     layouts = [
-        RopeCase(f"{layout}-{pairs}-{function}", function, layout=layout, interleaved=pairs == "interleaved", dtypes=dtypes)
+        RopeCase(
+            f"{layout}-{pairs}-{function}", function, layout=layout, interleaved=pairs == "interleaved", dtypes=dtypes
+        )
         for layout in LAYOUTS
         for pairs in ("half", "interleaved")
         for function, dtypes in (("rope", every), ("rope_qk", _MAIN))
     ]
     counted = ("offset", "negative_offset", "offsets")
-    given = ("position_ids", "position_ids_int32", "position_ids_shared", "position_ids_one_row", "position_ids_transposed")
+    given = (
+        "position_ids",
+        "position_ids_int32",
+        "position_ids_shared",
+        "position_ids_one_row",
+        "position_ids_transposed",
+    )
     packed = ("cu_seqlens", "cu_seqlens_int64", "cu_seqlens_offsets", "cu_seqlens_none")
     positions = [
         *(RopeCase(f"bshd-{p}", positions=p) for p in (*counted, *given, "mrope", "mrope_interleaved")),
         *(RopeCase(f"sbhd-{p}", layout="sbhd", positions=p) for p in ("offsets", "position_ids", "mrope")),
         *(RopeCase(f"bhsd-{p}", layout="bhsd", positions=p) for p in ("offsets", "position_ids", "mrope_interleaved")),
-        *(RopeCase(f"thd-{p}", layout="thd", positions=p, seqlen=9) for p in (*packed, "offset", "position_ids", "mrope")),
+        *(
+            RopeCase(f"thd-{p}", layout="thd", positions=p, seqlen=9)
+            for p in (*packed, "offset", "position_ids", "mrope")
+        ),
         RopeCase("qk-position_ids-interleaved", "rope_qk", positions="position_ids", interleaved=True),
         RopeCase("qk-thd-cu_seqlens", "rope_qk", layout="thd", positions="cu_seqlens", seqlen=9, kv_heads=2),
         RopeCase("cp-first", context_parallel=(0, 2)),
@@ -200,7 +213,9 @@ def _grid() -> tuple[RopeCase, ...]:
         RopeCase("cp-thd", context_parallel=(1, 2), layout="thd", seqlen=10, positions="cu_seqlens_parallel"),
     ]
     partial = [
-        RopeCase(f"{name}-{pairs}", rotary_dim=rotary, head_dim=head_dim, rotary_offset=offset, interleaved=pairs != "half")
+        RopeCase(
+            f"{name}-{pairs}", rotary_dim=rotary, head_dim=head_dim, rotary_offset=offset, interleaved=pairs != "half"
+        )
         for name, head_dim, rotary, offset in (
             ("partial-start", 16, 8, 0),
             ("partial-end", 24, 8, 16),
@@ -282,7 +297,9 @@ def _invalid() -> tuple[InvalidCase, ...]:
         InvalidCase("k-head_dim", "rope_qk", call("rope_qk", k=tensor(2, 6, 2, 8)), ArgumentError, "k"),
         InvalidCase("table-rank", "rope", call(cos=tensor(2, 64, 8)), ArgumentError, "cos"),
         InvalidCase("table-dtype", "rope", call(cos=tensor(64, 8, dtype=torch.float16)), DTypeError, "cos"),
-        InvalidCase("table-width", "rope", call(cos=tensor(64, 5), sin=tensor(64, 5), rotary_dim=8), ArgumentError, "cos"),
+        InvalidCase(
+            "table-width", "rope", call(cos=tensor(64, 5), sin=tensor(64, 5), rotary_dim=8), ArgumentError, "cos"
+        ),
         InvalidCase("tables-differ", "rope", call(sin=tensor(63, 8)), ArgumentError, "sin"),
         InvalidCase("table-short", "rope", call(case={"positions_in_table": 5}), ArgumentError, "cos"),
         InvalidCase("table-short-offset", "rope", call(case=short, offsets=3), ArgumentError, "cos"),
@@ -293,9 +310,7 @@ def _invalid() -> tuple[InvalidCase, ...]:
         InvalidCase("layout", "rope", call(layout="bdhs"), ArgumentError, "layout"),
         InvalidCase("numerics", "rope", call(numerics="bf16"), ArgumentError, "numerics"),
         InvalidCase("position_ids-dtype", "rope", call(position_ids=tensor(2, 6)), DTypeError, "position_ids"),
-        InvalidCase(
-            "position_ids-shape", "rope", call(position_ids=integers(1, 2, 3)), ArgumentError, "position_ids"
-        ),
+        InvalidCase("position_ids-shape", "rope", call(position_ids=integers(1, 2, 3)), ArgumentError, "position_ids"),
         InvalidCase(
             "position_ids-and-offsets",
             "rope",
@@ -309,9 +324,17 @@ def _invalid() -> tuple[InvalidCase, ...]:
         InvalidCase("cu_seqlens-dtype", "rope", call(cu_seqlens=tensor(2), case=packed), DTypeError, "cu_seqlens"),
         InvalidCase("cu_seqlens-empty", "rope", call(cu_seqlens=integers(), case=packed), ArgumentError, "cu_seqlens"),
         InvalidCase("parallel-rank", "rope", call(context_parallel=(2, 2)), ArgumentError, "context_parallel"),
-        InvalidCase("parallel-odd", "rope", call(case={"seqlen": 5}, context_parallel=(0, 2)), ArgumentError, "context_parallel"),
+        InvalidCase(
+            "parallel-odd", "rope", call(case={"seqlen": 5}, context_parallel=(0, 2)), ArgumentError, "context_parallel"
+        ),
         InvalidCase("mrope-no-rows", "rope", call(mrope_section=(4, 2, 2)), ArgumentError, "mrope_section"),
-        InvalidCase("mrope-sum", "rope", call(case={"positions": "mrope"}, mrope_section=(4, 2, 1)), ArgumentError, "mrope_section"),
+        InvalidCase(
+            "mrope-sum",
+            "rope",
+            call(case={"positions": "mrope"}, mrope_section=(4, 2, 1)),
+            ArgumentError,
+            "mrope_section",
+        ),
         InvalidCase("mrope-flag", "rope", call(mrope_interleaved=True), ArgumentError, "mrope_interleaved"),
         InvalidCase("inplace-expanded", "rope", call(case={"strides": "expanded"}, inplace=True), ArgumentError, "x"),
     )
@@ -341,7 +364,9 @@ def _invalid_values() -> tuple[InvalidCase, ...]:
         InvalidCase("cu_seqlens-past-end", "rope", packed(0, 7), ArgumentError, "cu_seqlens"),
         InvalidCase("cu_seqlens-table-short", "rope", packed(0, 6, positions_in_table=5), ArgumentError, "cos"),
         InvalidCase("cu_seqlens-odd", "rope", packed(0, 6, 12, context_parallel=(0, 2)), ArgumentError, "cu_seqlens"),
-        InvalidCase("position_ids-past-table", "rope", dense(position_ids=[0, 1, 2, 3, 4, 64]), ArgumentError, "position_ids"),
+        InvalidCase(
+            "position_ids-past-table", "rope", dense(position_ids=[0, 1, 2, 3, 4, 64]), ArgumentError, "position_ids"
+        ),
         InvalidCase("offsets-past-table", "rope", dense(offsets=[0, 59]), ArgumentError, "cos"),
     )
 

@@ -95,7 +95,9 @@ def _positions(positions: int | torch.Tensor, device: torch.device | str | None)
     if isinstance(positions, torch.Tensor):
         if positions.dim() != 1 or positions.is_floating_point() or positions.is_complex():
             raise ArgumentError(
-                "rope_table", "positions", f"got {positions.dtype} {tuple(positions.shape)}; expected integers [positions]"
+                "rope_table",
+                "positions",
+                f"got {positions.dtype} {tuple(positions.shape)}; expected integers [positions]",
             )
         return positions.to(device=device)
     if positions < 0:

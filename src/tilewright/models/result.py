@@ -1,0 +1,193 @@
+"""What the demo found out: the data behind its table, its report and its JSON."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from tilewright.numerics import REFERENCE_ERRORS
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    import torch
+
+    from tilewright.models.decoder import DecoderConfig
+    from tilewright.models.parts import Served
+    from tilewright.numerics import Agreement
+
+LAST_STEPS = 20
+"""Over how many of the last steps a training loss is averaged; each batch differs from the next."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One training and what came of it.
+
+    Attributes:
+        name: the parts it used, for people.
+        dtype: what it computed in, such as ``"float32"``.
+        device: where it ran.
+        losses: nats per byte, one per step.
+        validation_loss: nats per byte over text it never saw.
+        step_seconds: the median step.
+        tokens_per_second: bytes learnt from in a second, at the median step.
+        peak_bytes: the most device memory allocated while training; None on a CPU.
+        served: who computed each part.
+        sample: text it wrote behind the prompt; None if it was not asked for any.
+    """
+
+    name: str
+    dtype: str
+    device: str
+    losses: tuple[float, ...] = field(repr=False)
+    validation_loss: float
+    step_seconds: float
+    tokens_per_second: float
+    peak_bytes: int | None
+    served: tuple[Served, ...]
+    sample: str | None = field(repr=False)
+
+    @property
+    def last_loss(self) -> float:
+        """The mean training loss of the last steps."""
+        last = self.losses[-LAST_STEPS:]
+        return sum(last) / len(last)
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """Everything that the demo found out.
+
+    Attributes:
+        agrees: whether both curves agree within the numerics policy.
+        agreement: how far.
+        budget: the error that the policy allows tilewright's curve, one per step.
+        plain: the training with plain PyTorch parts.
+        tilewright: the training with tilewright's parts.
+        truth: the training with plain PyTorch parts in float64, which both are held against.
+        config: the decoder's sizes.
+        n_parameters: how many weights the decoder has.
+        tokens_per_step: bytes predicted in a step.
+        corpus: the text's name.
+        seed: drew weights, batches and samples.
+        prompt: what the samples begin with.
+        environment: versions and hardware.
+        seconds: how long everything took.
+        report: where the report lies; None if there is none.
+    """
+
+    agrees: bool
+    agreement: Agreement
+    budget: tuple[float, ...] = field(repr=False)
+    plain: Measured
+    tilewright: Measured
+    truth: Measured
+    config: DecoderConfig
+    n_parameters: int
+    tokens_per_step: int
+    corpus: str
+    seed: int
+    prompt: str
+    environment: dict[str, str]
+    seconds: float
+    report: Path | None
+
+    @property
+    def trainings(self) -> tuple[Measured, Measured, Measured]:
+        """Plain, tilewright, truth."""
+        return self.plain, self.tilewright, self.truth
+
+    @property
+    def steps(self) -> int:
+        """How many steps each training made."""
+        return len(self.plain.losses)
+
+    @property
+    def verdict(self) -> str:
+        """The outcome in one sentence."""
+        steps = "the only step" if self.steps == 1 else f"all {self.steps} steps"
+        if self.agrees:
+            return f"The loss curves agree within the numerics policy, over {steps}."
+        return f"The loss curves DISAGREE: the numerics policy, held against {steps}, is broken."
+
+    def to_json(self) -> dict[str, Any]:
+        """The result in JSON's types; a number that is not finite becomes None."""
+        plain: dict[str, Any] = _jsonable(asdict(self))
+        for name, training in zip(("plain", "tilewright", "truth"), self.trainings, strict=True):
+            plain[name]["last_loss"] = _jsonable(training.last_loss)
+            plain[name]["served"] = [served._asdict() for served in training.served]
+        return plain | {"steps": self.steps, "verdict": self.verdict}
+
+
+class Row(NamedTuple):
+    """A training as a line of a table."""
+
+    name: str
+    dtype: str
+    step_time: str
+    tokens_per_second: str
+    last_loss: str
+    validation_loss: str
+    peak_memory: str
+    served_by: str
+
+
+TABLE_HEADS = Row(
+    "parts",
+    "computes in",
+    "step time",
+    "bytes/s",
+    f"loss, last {LAST_STEPS} steps",
+    "validation loss",
+    "peak memory",
+    "served by",
+)
+"""What stands over the columns of :func:`table_rows`."""
+
+
+def table_rows(result: DemoResult) -> list[Row]:
+    """The trainings as lines of a table, for the terminal and for the report."""
+    return [
+        Row(
+            training.name,
+            training.dtype,
+            f"{training.step_seconds * 1e3:.1f} ms",
+            f"{training.tokens_per_second:,.0f}",
+            f"{training.last_loss:.4f}",
+            f"{training.validation_loss:.4f}",
+            "not measured" if training.peak_bytes is None else f"{training.peak_bytes / 2**20:,.0f} MiB",
+            ", ".join(f"{served.operation}: {served.implementation}" for served in training.served),
+        )
+        for training in result.trainings
+    ]
+
+
+def curve_budget(plain: Sequence[float], truth: Sequence[float], dtype: torch.dtype) -> tuple[float, ...]:
+    """The error that :func:`tilewright.numerics.compare_curves` allows at each step, to be drawn.
+
+    Args:
+        plain: the curve of plain parts in ``dtype``.
+        truth: the curve in float64.
+        dtype: the dtype in which the model computes.
+    """
+    import torch
+
+    eps = torch.finfo(dtype).eps
+    budget, largest = [], 0.0
+    for step, (value, exact) in enumerate(zip(plain, truth, strict=True), start=1):
+        largest = max(largest, abs(value - exact))
+        budget.append(REFERENCE_ERRORS * largest + eps * abs(exact) * math.sqrt(step))
+    return tuple(budget)
+
+
+def _jsonable(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _jsonable(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_jsonable(inner) for inner in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if value is None or isinstance(value, (bool, int, str)) else str(value)
