@@ -52,7 +52,7 @@ def collect() -> dict[str, Any]:
         "machine": _facts(
             platform=platform.platform,
             architecture=platform.machine,
-            cpu=_cpu_model,
+            cpu=cpu_model,
             cores=_cores,
             memory_gib=_memory_gib,
             gpu_driver=_gpu_driver,
@@ -152,7 +152,8 @@ def _commit() -> str:
     return f"{commit}+changes" if git("status", "--porcelain", "--untracked-files=no") else commit
 
 
-def _cpu_model() -> str:
+def cpu_model() -> str:
+    """The processor's name, or its architecture where it has none."""
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         for line in cpuinfo.read_text(errors="replace").splitlines():

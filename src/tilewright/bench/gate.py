@@ -7,6 +7,7 @@ allocator, which hands out again what was freed last.
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,8 @@ class Verdict:
         formulation: the name of what they were judged against.
         less_precise: why that is a less precise job than the family's own; empty if it is the same.
         worst: the largest share of the error budget that a result used; None where no budget applies.
+        rms_error: root mean square error against the family's own truth, relative to that of the truth: how many
+            digits a job gives, whatever it was judged against.
         reason: why the results are wrong; empty if they are right.
     """
 
@@ -36,6 +39,7 @@ class Verdict:
     formulation: str
     less_precise: str = ""
     worst: float | None = None
+    rms_error: float | None = None
     reason: str = ""
 
     def to_json(self) -> dict[str, Any]:
@@ -71,7 +75,10 @@ class Gate:
             same = len(results) == len(truth) and all(map(torch.equal, results, truth))
             return Verdict(same, "bit for bit", reason="" if same else "the copy differs from its source")
         worst, reason = self._compare(results, reference, truth)
-        return Verdict(not reason, formulation.name, formulation.less_precise, worst, reason)
+        if reason:
+            return Verdict(False, formulation.name, formulation.less_precise, worst, reason=reason)
+        rms_error = _rms_error(results, self._facts(self._suite.formulation)[1])
+        return Verdict(True, formulation.name, formulation.less_precise, worst, rms_error)
 
     def _facts(self, formulation: Formulation) -> tuple[Tensors, Tensors]:
         if formulation.name not in self._known:
@@ -99,6 +106,16 @@ _FORMS: dict[str, Callable[[torch.Tensor], Any]] = {
     "shapes": lambda tensor: tuple(tensor.shape),
     "dtypes": lambda tensor: str(tensor.dtype).removeprefix("torch."),
 }
+
+
+def _rms_error(results: Tensors, truth: Tensors) -> float:
+    """Relative root mean square error of all results together, where the truth is finite."""
+    error = scale = 0.0
+    for result, exact in zip(results, truth, strict=True):
+        finite = torch.isfinite(exact)
+        error += float((result.double() - exact).masked_fill(~finite, 0.0).square().sum())
+        scale += float(exact.double().masked_fill(~finite, 0.0).square().sum())
+    return math.sqrt(error / scale) if scale else math.sqrt(error)
 
 
 def _poison(like: Tensors) -> None:

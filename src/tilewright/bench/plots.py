@@ -20,7 +20,7 @@ def draw(records: Path | str, folder: Path | str) -> tuple[Path, ...]:
     """Draw one figure for each sweep of a run, each as PNG and as SVG.
 
     A figure has a panel for each direction: the share of the copy's bandwidth that each provider reaches in a stream
-    of launches, against the swept value. The axis of shares begins at 0.
+    of launches, against the swept value. The axis of shares begins at 0. ``~`` marks a less precise job.
 
     Args:
         records: the run's file of records.
@@ -78,11 +78,13 @@ def _figure(run: dict[str, Any], sweep: str, members: Sequence[dict[str, Any]]) 
 def _panel(panel: Any, run: dict[str, Any], members: Sequence[dict[str, Any]]) -> None:
     values = sorted({record["value"] for record in members})
     for index, provider in enumerate(run["providers"]):  # a provider keeps its colour in every panel
-        points = sorted((r["value"], r["stream"]["share"]) for r in members if r["provider"] == provider)
+        own = [record for record in members if record["provider"] == provider]
+        points = sorted((record["value"], record["stream"]["share"]) for record in own)
         if not points:
             continue
+        label = f"~{provider}" if any(record["gate"]["less_precise"] for record in own) else provider
         style = {"color": "0.5", "linestyle": "--"} if provider == "copy" else {"color": f"C{index % 10}"}
-        panel.plot(*zip(*points, strict=True), marker="o", markersize=4, label=provider, **style)
+        panel.plot(*zip(*points, strict=True), marker="o", markersize=4, label=label, **style)
     if values and values[0] > 0 and values[-1] > 4 * values[0]:
         panel.set_xscale("log", base=2)
     panel.set_xticks(values, [f"{value:,}".replace(",", " ") for value in values], fontsize="small")

@@ -424,8 +424,7 @@ def _give_memory_back(timer: Timer) -> None:
 def _device_name(device: torch.device) -> str:
     from tilewright.platforms import facts
 
-    found = facts(device)
-    return found.name or (f"{found.arch} CPU" if device.type == "cpu" else str(found))
+    return environment.cpu_model() if device.type == "cpu" else facts(device).name or str(facts(device))
 
 
 def _path(output: Path, plan: Plan) -> Path:

@@ -68,7 +68,7 @@ class Scale:
 SMALL = Scale(
     DecoderConfig(layers=2, width=128, heads=4, kv_heads=2, head_dim=32, ffn_width=352, context=128),
     Recipe(batch=8, learning_rate=1e-3, warmup=100),
-    steps=500,
+    steps=400,
     dtype=torch.float32,
 )
 """For a CPU of two cores."""

@@ -85,9 +85,9 @@ def step_times(result: DemoResult) -> str:
 
 
 def throughputs(result: DemoResult) -> str:
-    """Bars of the bytes learnt from in a second."""
+    """Bars of the tokens learnt from in a second; a token is a byte."""
     values = (result.plain.tokens_per_second, result.tilewright.tokens_per_second)
-    return _bars("rate", result, values, "bytes/s", "bytes (tokens) per second; longer is better", ",.0f")
+    return _bars("rate", result, values, "tokens/s", "tokens per second; longer is better", ",.0f")
 
 
 def _bars(name: str, result: DemoResult, values: tuple[float, float], unit: str, label: str, number_format: str) -> str:

@@ -115,7 +115,9 @@ def _plain_rope(
 
 
 def _explain_plain_rope(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, start: int) -> Served:
-    return Served("rope_qk", "plain PyTorch", "what the others are compared with: one PyTorch operator per step")
+    return Served(
+        "rope_qk", "plain PyTorch", "what tilewright is compared with: PyTorch operators, one after the other"
+    )
 
 
 def _tilewright_rope(

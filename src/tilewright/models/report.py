@@ -106,7 +106,7 @@ def _cost(result: DemoResult) -> str:
 <h2>Cost</h2>
 <div class="pair">
 {_figure(figures.step_times(result), "The median step: forward, backward and update.")}
-{_figure(figures.throughputs(result), "Bytes learnt from in a second, at the median step.")}
+{_figure(figures.throughputs(result), "Tokens learnt from in a second, at the median step; a token is a byte.")}
 </div>
 {table}
 </section>"""

@@ -139,7 +139,7 @@ TABLE_HEADS = Row(
     "parts",
     "computes in",
     "step time",
-    "bytes/s",
+    "tokens/s",
     f"loss, last {LAST_STEPS} steps",
     "validation loss",
     "peak memory",

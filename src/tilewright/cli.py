@@ -1,0 +1,213 @@
+"""The command line: ``tilewright list | explain | bench | demo | collect-env``.
+
+Nothing is imported before the command that needs it runs, so that ``collect-env`` works when torch or Triton does not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from typing import TYPE_CHECKING, Any
+
+from tilewright.errors import MissingDependencyError, TilewrightError, UnknownNameError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import torch
+
+    from tilewright.ops.contract import Arguments
+
+EXIT_DISAGREEMENT = 1
+EXIT_ERROR = 2
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; the exit status is 0, 1 for a result that is wrong, 2 for an error."""
+    arguments = _parser().parse_args(argv)
+    try:
+        status: int = arguments.run(arguments)
+    except TilewrightError as error:
+        print(f"tilewright: error: {error}", file=sys.stderr)
+        return EXIT_ERROR
+    except KeyboardInterrupt:
+        return 130
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="tilewright", description="Fused Triton kernels, everywhere, explained.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, run: Any, summary: str) -> argparse.ArgumentParser:
+        made = commands.add_parser(name, help=summary, description=summary)
+        made.set_defaults(run=run)
+        made.add_argument("--json", action="store_true", help="print JSON for a program to read")
+        return made
+
+    command("list", _list, "list the operations and what can compute them here")
+
+    explain = command("explain", _explain, "say which implementation serves an operation, and why")
+    explain.add_argument("operation", help="a public function, such as rope_qk")
+    explain.add_argument("--workload", help="a workload of the benchmark, such as 'b32 s1 h32 d128'")
+    explain.add_argument("--dtype", default="bfloat16")
+    explain.add_argument("--device", help="by default the accelerator, else the CPU")
+    explain.add_argument("--impl", help="ask for this implementation")
+
+    bench = command("bench", _bench, "measure an operation against its peers")
+    bench.add_argument("family", help="an operation family, such as rope")
+    bench.add_argument("--providers", nargs="+", help="what to measure (default: all that are installed)")
+    bench.add_argument("--workloads", nargs="+", help="which shapes, by name (default: all)")
+    bench.add_argument("--directions", nargs="+", default=["forward", "backward"], choices=["forward", "backward"])
+    bench.add_argument("--dtype", default="bfloat16")
+    bench.add_argument("--device", help="by default the accelerator, else the CPU")
+    bench.add_argument("--output", default="bench-results", help="folder for records and plots")
+    bench.add_argument(
+        "--quick", action=argparse.BooleanOptionalAction, help="few repetitions (default on a CPU: yes, else no)"
+    )
+
+    demo = command("demo", _demo, "train a small decoder with plain PyTorch parts and with tilewright's, and compare")
+    demo.add_argument("--device", help="by default the accelerator, else the CPU")
+    demo.add_argument("--steps", type=int, help="training steps (default: what the device does in about a minute)")
+    demo.add_argument("--seed", type=int, default=0)
+    demo.add_argument("--output", default="report.html", help="the report to write")
+
+    command("collect-env", _collect_env, "print what a bug report needs to say about this machine")
+    return parser
+
+
+def _list(arguments: argparse.Namespace) -> int:
+    from tilewright.ops import families, operation
+
+    device = _device(None)
+    rows = [
+        {
+            "operation": function,
+            "family": family.name,
+            "summary": family.summary,
+            "dtypes": [_dtype_name(dtype) for dtype in family.dtypes],
+            "layouts": list(family.layouts),
+            "implementations": [i.name for i in operation(function).implementations],
+            "here": _explanation(function, None, None, device, None).chosen,
+        }
+        for family in families()
+        for function in family.functions
+    ]
+    if arguments.json:
+        print(json.dumps({"device": str(device), "operations": rows}))
+        return 0
+    table = _table("family", "operations", "dtypes", "layouts", f"on {device}")
+    for family in families():
+        mine = [row for row in rows if row["family"] == family.name]
+        served = [f"{row['operation']}: {row['here']}" for row in mine]
+        cells = ([row["operation"] for row in mine], mine[0]["dtypes"], mine[0]["layouts"], served)
+        table.add_row(f"{family.name}\n{family.summary}", *("\n".join(cell) for cell in cells))
+    _console().print(table)
+    return 0
+
+
+def _explain(arguments: argparse.Namespace) -> int:
+    device = _device(arguments.device)
+    explanation = _explanation(arguments.operation, arguments.workload, arguments.dtype, device, arguments.impl)
+    print(json.dumps(explanation.to_json()) if arguments.json else explanation)
+    return 0 if explanation.chosen else EXIT_DISAGREEMENT
+
+
+def _bench(arguments: argparse.Namespace) -> int:
+    from tilewright.bench import runner
+
+    result = runner.run(
+        arguments.family,
+        device=arguments.device,
+        dtype=arguments.dtype,
+        providers=arguments.providers,
+        directions=arguments.directions,
+        workloads=arguments.workloads,
+        output=arguments.output,
+        quick=arguments.quick,
+        quiet=arguments.json,
+    )
+    if arguments.json:
+        print(json.dumps(list(result.records)))
+    return EXIT_DISAGREEMENT if result.wrong else 0
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    from tilewright.models import demo
+
+    result = demo.run(
+        device=arguments.device,
+        steps=arguments.steps,
+        seed=arguments.seed,
+        output=arguments.output,
+        json_output=arguments.json,
+        quiet=arguments.json,
+    )
+    return 0 if result.agrees else EXIT_DISAGREEMENT
+
+
+def _collect_env(arguments: argparse.Namespace) -> int:
+    from tilewright.bench import environment
+
+    record = environment.collect()
+    print(json.dumps(record, default=str) if arguments.json else environment.format(record))
+    return 0
+
+
+def _explanation(function: str, workload: str | None, dtype: str | None, device: torch.device, impl: str | None) -> Any:
+    from tilewright.ops import operation
+
+    args, kwargs = _sample(function, workload, dtype, device)
+    return operation(function).explain(*args, **kwargs, impl=impl)
+
+
+def _sample(function: str, workload: str | None, dtype: str | None, device: torch.device) -> Arguments:
+    """A call of a public function: a named workload, or the first case of the test grid."""
+    import torch
+
+    from tilewright.ops import families, operation
+
+    operation(function)  # an unknown one is an error that says so
+    chosen = getattr(torch, dtype or "bfloat16", None)
+    if not isinstance(chosen, torch.dtype):
+        raise UnknownNameError(f"explain: torch has no dtype called '{dtype}'; try bfloat16, float16 or float32")
+    family = next(family for family in families() if function in family.functions)
+    if workload is None:
+        return next(case for case in family.cases if case.function == function).arguments(device, chosen)
+    named = {each.name: each for each in family.workloads if each.function == function}
+    if workload not in named:
+        raise UnknownNameError(f"explain: {function} has no workload '{workload}'; there are: {', '.join(named)}")
+    return named[workload].arguments(device, chosen)
+
+
+def _device(name: str | None) -> torch.device:
+    import torch
+
+    if name is not None:
+        return torch.device(name)
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    return torch.device("cpu") if accelerator is None else accelerator
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _console() -> Any:
+    try:
+        from rich.console import Console
+    except Exception as error:
+        raise MissingDependencyError(f"rich cannot be imported ({error}); pip install 'tilewright[cli]'") from error
+    return Console()
+
+
+def _table(*columns: str) -> Any:
+    _console()
+    from rich.table import Table
+
+    return Table(*columns)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
