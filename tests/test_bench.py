@@ -711,6 +711,25 @@ def test_compiled_provider_survives_many_shapes_and_repeated_backwards() -> None
     assert counter.frame_count == 12
 
 
+def test_compiled_backward_runs_twice_over_one_graph() -> None:
+    """The samples of a backward share one graph, here one that has saved an intermediate result."""
+
+    def normalised(x: torch.Tensor, factor: torch.Tensor, *, shift: float) -> torch.Tensor:
+        return x * x.square().mean(-1, keepdim=True).rsqrt() * factor + shift
+
+    chosen = suite("scaling")
+    task = runner.make_task(chosen, FAMILY.workloads[1], "backward", torch.float32, torch.device("cpu"))
+    compile_ = torch.compile
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "compile", lambda f, **options: compile_(f, backend="aot_eager", **options))
+        prepared = FunctionProvider("compile", "for a test", lambda task: normalised, compiled=True).prepare([task])
+    (first,) = prepared.results(prepared.calls[0]())
+    (second,) = prepared.results(prepared.calls[0]())
+    (expected,) = evaluate(normalised, task)
+    torch.testing.assert_close(first, expected)
+    torch.testing.assert_close(second, expected)
+
+
 # Rotary embedding: what peers are handed, and what they are judged against
 
 

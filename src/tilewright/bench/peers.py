@@ -131,10 +131,11 @@ def _flash_attention(task: Task) -> Callable[..., Any]:
 
 def _flash_attention_task(task: Task) -> Task:
     """The task itself, or with tables in x's dtype for the versions that take no others."""
-    return task if _flash_attention_takes_fp32_tables(task) else _rounded_tables(task)
+    return task if _flash_attention_takes_fp32_tables(task) else rounded_tables(task)
 
 
-def _rounded_tables(task: Task) -> Task:
+def rounded_tables(task: Task) -> Task:
+    """The task with tables rounded to x's dtype."""
     *tensors, cos, sin = task.args
     return replace(task, args=(*tensors, cos.to(task.dtype), sin.to(task.dtype)))
 
@@ -171,8 +172,8 @@ def _reference(task: Task) -> Tensors:
 
 ROUNDED_TABLES = Formulation(
     "tables in x's dtype, fp32 arithmetic, one rounding",
-    evaluate=lambda task: _reference(_with_fp32_tables(_rounded_tables(task))),
-    truth=lambda task: _reference(_rounded_tables(task).in_double()),
+    evaluate=lambda task: _reference(_with_fp32_tables(rounded_tables(task))),
+    truth=lambda task: _reference(rounded_tables(task).in_double()),
     less_precise="tables rounded to x's dtype; judged against the definition on rounded tables",
 )
 

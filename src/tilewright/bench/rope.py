@@ -32,6 +32,15 @@ def suite() -> Suite:
             missing=_no_kernels,
             refuses=partial(_explained, "triton"),
         ),
+        FunctionProvider(
+            "triton_hf",
+            "tilewright's Triton kernel on half-width tables in x's dtype, the precision of Hugging Face's",
+            partial(_public, "triton"),
+            translate=peers.rounded_tables,
+            formulation=lambda task: peers.ROUNDED_TABLES,
+            missing=_no_kernels,
+            refuses=partial(_explained, "triton"),
+        ),
         FunctionProvider("eager", "plain PyTorch, fp32 tables", lambda task: plain, refuses=_only_bshd),
         FunctionProvider(
             "compile",

@@ -79,14 +79,12 @@ def _repeater(compiled: Any, grid: int, device: torch.device, tail: tuple[Any, .
         if current_device() != home:
             with _current(device):
                 again(tensors, scalars)
-        elif _listening(hooks.launch_enter_hook) or _listening(hooks.launch_exit_hook):  # a profiler wants to know
-            compiled[(grid, 1, 1)](*tensors, *scalars, *tail)
-        else:
-            pointers = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
-            run(grid, 1, 1, stream_of(home), function, metadata, None, None, None, *pointers, *scalars, *tail)
+            return
+        for hook in (hooks.launch_enter_hook, hooks.launch_exit_hook):
+            if hook is not None and getattr(hook, "calls", True):  # a profiler wants to know of each launch
+                compiled[(grid, 1, 1)](*tensors, *scalars, *tail)
+                return
+        pointers = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
+        run(grid, 1, 1, stream_of(home), function, metadata, None, None, None, *pointers, *scalars, *tail)
 
     return again
-
-
-def _listening(hook: Any) -> bool:
-    return hook is not None and bool(getattr(hook, "calls", True))
