@@ -804,7 +804,7 @@ def test_rope_providers_pass_the_gate(monkeypatch: pytest.MonkeyPatch, direction
         assert provider.accepts(task) is None
         verdict = gate.judge(provider.prepare([task, task.twin()]))
         assert verdict.ok, (provider.name, verdict.reason)
-        assert bool(verdict.less_precise) == (provider.name in {"liger", "flash_attn"}), provider.name
+        assert bool(verdict.less_precise) == (provider.name in {"liger", "flash_attn", "triton_hf"}), provider.name
     for value, kept in zip((*task.args, *task.grads), before, strict=True):
         assert torch.equal(value, kept)  # nobody has written into the task
 

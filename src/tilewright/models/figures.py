@@ -132,7 +132,7 @@ def _svg(name: str, alt: str, draw: Any, height: float = 3.6) -> str:
     drawing = re.sub(r'\b(id=")|(url\(#)|(href="#)', rf"\g<0>{name}-", drawing)
     for drawn, shown in _PAGE_COLOURS.items():
         drawing = drawing.replace(drawn, shown)
-    head = f'<svg role="img" aria-label="{escape(alt)}"'
+    opening, rest = drawing.split(">", 1)
     # The page's style sets the size; the viewBox keeps the proportions.
-    return re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", drawing, count=1),
-                  count=1).replace("<svg", head, 1)  # fmt: skip
+    opening = re.sub(r' (width|height)="[^"]*"', "", opening)
+    return opening.replace("<svg", f'<svg role="img" aria-label="{escape(alt)}"') + ">" + rest
