@@ -12,6 +12,8 @@ from __future__ import annotations
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
+from tilewright.platforms import current_index
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -71,8 +73,9 @@ def _repeater(compiled: Any, grid: int, device: torch.device, tail: tuple[Any, .
     from triton.runtime import driver
 
     run, function, metadata = compiled.run, compiled.function, compiled.packed_metadata
-    stream_of, current_device = driver.active.get_current_stream, driver.active.get_current_device
-    home = current_device()
+    stream_of = driver.active.get_current_stream
+    home = driver.active.get_current_device()
+    current_device = current_index(device)
     hooks = knobs.runtime
 
     def again(tensors: tuple[torch.Tensor | None, ...], scalars: tuple[int, ...]) -> None:
@@ -80,10 +83,10 @@ def _repeater(compiled: Any, grid: int, device: torch.device, tail: tuple[Any, .
             with _current(device):
                 again(tensors, scalars)
             return
-        for hook in (hooks.launch_enter_hook, hooks.launch_exit_hook):
-            if hook is not None and getattr(hook, "calls", True):  # a profiler wants to know of each launch
-                compiled[(grid, 1, 1)](*tensors, *scalars, *tail)
-                return
+        enter, leave = hooks.launch_enter_hook, hooks.launch_exit_hook
+        if getattr(enter, "calls", enter) or getattr(leave, "calls", leave):  # a profiler wants to know of each launch
+            compiled[(grid, 1, 1)](*tensors, *scalars, *tail)
+            return
         pointers = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
         run(grid, 1, 1, stream_of(home), function, metadata, None, None, None, *pointers, *scalars, *tail)
 

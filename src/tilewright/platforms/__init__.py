@@ -11,6 +11,8 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import torch
 
 
@@ -58,3 +60,12 @@ def _facts(device_type: str, index: int | None) -> DeviceFacts:
         if family.owns(device_type):
             return family.facts(index)
     return DeviceFacts(kind=device_type)
+
+
+def current_index(device: torch.device) -> Callable[[], int]:
+    """A cheap function that says which device of this type is the current one."""
+    import torch
+
+    # The public function initialises the device's library first, which a launch has long done.
+    quick: Callable[[], int] | None = getattr(torch._C, f"_{device.type}_getDevice", None)
+    return quick or torch.get_device_module(device).current_device

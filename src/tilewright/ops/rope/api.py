@@ -286,7 +286,7 @@ def _run(
         return rotate(inputs, offset, options, impl, inplace=inplace, operation=operation)
     if impl is None:
         impl = override()  # the backward may run in another thread
-    rest = (inputs[2:], offset, options, impl, operation)
+    rest = (inputs, offset, options, impl, operation)
     if not inplace:
         if k is None:
             return _rotation(q, rest), None
@@ -328,9 +328,9 @@ class _Rotation(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, rest: tuple[Any, ...]) -> torch.Tensor:
-        tables, offset, options, impl, operation = rest
-        y, _ = rotate((x, None, *tables), offset, options, impl, operation=operation)
-        ctx.save_for_backward(*tables)
+        inputs, offset, options, impl, operation = rest
+        y, _ = rotate(inputs, offset, options, impl, operation=operation)
+        ctx.save_for_backward(*inputs[2:])
         ctx.rest = (offset, options, impl, operation, y.stride(), None)
         return y
 
@@ -344,10 +344,10 @@ class _RotationQK(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, rest: tuple[Any, ...]) -> tuple[torch.Tensor, ...]:
-        tables, offset, options, impl, operation = rest
-        q_out, k_out = rotate((q, k, *tables), offset, options, impl, operation=operation)
+        inputs, offset, options, impl, operation = rest
+        q_out, k_out = rotate(inputs, offset, options, impl, operation=operation)
         assert k_out is not None
-        ctx.save_for_backward(*tables)
+        ctx.save_for_backward(*inputs[2:])
         ctx.rest = (offset, options, impl, operation, q_out.stride(), k_out.stride())
         return q_out, k_out
 
@@ -361,10 +361,10 @@ class _RotationInplace(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, rest: tuple[Any, ...]) -> torch.Tensor:
-        tables, offset, options, impl, operation = rest
-        rotate((x, None, *tables), offset, options, impl, inplace=True, operation=operation)
+        inputs, offset, options, impl, operation = rest
+        rotate((x, None, *inputs[2:]), offset, options, impl, inplace=True, operation=operation)
         ctx.mark_dirty(x)
-        ctx.save_for_backward(*tables)
+        ctx.save_for_backward(*inputs[2:])
         ctx.rest = (offset, options, impl, operation, torch.empty_like(x, device="meta").stride(), None)
         return x
 

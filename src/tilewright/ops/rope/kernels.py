@@ -138,10 +138,10 @@ def _rotation(
 @triton.jit
 def _copy(
     x_ptr, y_ptr, x_row, y_row, row_mask, stride_x_dim, stride_y_dim,
-    START: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr,
+    START: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
     """Carry features START .. START + SIZE over unrotated."""
-    dim = START + tl.arange(0, BLOCK)
+    dim = START + tl.arange(0, triton.next_power_of_2(SIZE))
     mask = row_mask & (dim < START + SIZE)[None, None, :]
     value = tl.load(x_ptr + x_row + dim[None, None, :] * stride_x_dim, mask)
     tl.store(y_ptr + y_row + dim[None, None, :] * stride_y_dim, value, mask)
@@ -165,10 +165,8 @@ def rope_kernel(
     STRIDE_Q_OUT_DIM: tl.constexpr, STRIDE_K_OUT_DIM: tl.constexpr,
     HEAD_DIM: tl.constexpr, N_PAIRS: tl.constexpr, ROTARY_OFFSET: tl.constexpr, INTERLEAVED: tl.constexpr,
     FULL_TABLE: tl.constexpr, ROUND_TABLE: tl.constexpr, INVERSE: tl.constexpr, TRANSPOSE: tl.constexpr,
-    CP_SIZE: tl.constexpr, MROPE_T: tl.constexpr, MROPE_H: tl.constexpr, MROPE_W: tl.constexpr,
-    MROPE_INTERLEAVED: tl.constexpr, COPY_REST: tl.constexpr, COMPUTE: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_P: tl.constexpr,
-    BLOCK_BEFORE: tl.constexpr, BLOCK_AFTER: tl.constexpr,
+    CP_SIZE: tl.constexpr, MROPE: tl.constexpr, MROPE_INTERLEAVED: tl.constexpr, COPY_REST: tl.constexpr,
+    COMPUTE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     """Rotate one tile. The grid is one axis over (batch, tile of tokens, tile of q's heads then k's), heads fastest."""
     n_q_tiles = tl.cdiv(n_q_heads, BLOCK_H)
@@ -217,6 +215,7 @@ def rope_kernel(
     x_row = (token * stride_x_token)[:, None, None] + (head * stride_x_head)[None, :, None]
     y_row = (token * stride_y_token)[:, None, None] + (head * stride_y_head)[None, :, None]
 
+    BLOCK_P: tl.constexpr = triton.next_power_of_2(N_PAIRS)
     pair = tl.arange(0, BLOCK_P)
     if INTERLEAVED:  # one wide load, taken apart in registers
         column = tl.arange(0, 2 * BLOCK_P)
@@ -237,8 +236,8 @@ def rope_kernel(
         )[:, None]  # fmt: skip
     else:
         position_row = (batch * stride_position_batch + token * stride_position_token)[:, None]
-        if MROPE_T + MROPE_H + MROPE_W > 0:
-            axis = _mrope_axis(pair, MROPE_T, MROPE_H, MROPE_W, MROPE_INTERLEAVED)
+        if MROPE is not None:
+            axis = _mrope_axis(pair, MROPE[0], MROPE[1], MROPE[2], MROPE_INTERLEAVED)
             position_row += (axis.to(tl.int64) * stride_position_row)[None, :]
         position = tl.load(position_ptr + position_row, token_mask[:, None], -1).to(tl.int64)
     # A position outside the table leaves its token, under MRoPE its pair, unrotated; no access is out of bounds.
@@ -261,9 +260,9 @@ def rope_kernel(
 
     AFTER: tl.constexpr = ROTARY_OFFSET + 2 * N_PAIRS
     if COPY_REST and ROTARY_OFFSET > 0:
-        _copy(x_ptr, y_ptr, x_row, y_row, row_mask, stride_x_dim, stride_y_dim, 0, ROTARY_OFFSET, BLOCK_BEFORE)
+        _copy(x_ptr, y_ptr, x_row, y_row, row_mask, stride_x_dim, stride_y_dim, 0, ROTARY_OFFSET)
     if COPY_REST and AFTER < HEAD_DIM:
-        _copy(x_ptr, y_ptr, x_row, y_row, row_mask, stride_x_dim, stride_y_dim, AFTER, HEAD_DIM - AFTER, BLOCK_AFTER)
+        _copy(x_ptr, y_ptr, x_row, y_row, row_mask, stride_x_dim, stride_y_dim, AFTER, HEAD_DIM - AFTER)
 
 
 def plan(call: RopeCall, inputs: Inputs, outputs: Outputs) -> Runner:
@@ -284,8 +283,6 @@ def plan(call: RopeCall, inputs: Inputs, outputs: Outputs) -> Runner:
         stride for tensor in (q, k, *outputs) for stride in ((0, 0, 0) if tensor is None else _strides(tensor, axes))
     ]
     cp_rank, cp_size = call.options.context_parallel or (0, 1)
-    section = call.options.mrope_section or (0, 0, 0)
-    after = call.head_dim - call.options.rotary_offset - call.rotary_dim
     tail = (
         *x_strides,
         *inputs.cos.stride(),
@@ -309,15 +306,12 @@ def plan(call: RopeCall, inputs: Inputs, outputs: Outputs) -> Runner:
         call.options.inverse,
         call.options.transpose,
         cp_size,
-        *section,
+        call.options.mrope_section,
         call.options.mrope_interleaved,
         not in_place,
         _COMPUTE[call.compute_dtype],
         block.tokens,
         block.heads,
-        triton.next_power_of_2(call.n_pairs),
-        triton.next_power_of_2(max(1, call.options.rotary_offset)),
-        triton.next_power_of_2(max(1, after)),
     )
     options = {"num_warps": block.num_warps, "enable_fp_fusion": False}
     kernel = BoundKernel(rope_kernel, programs, q.device, tail, options)
