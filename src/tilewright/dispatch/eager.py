@@ -12,8 +12,10 @@ from threading import Lock
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
+from torch.autograd import forward_ad
 
 from tilewright.dispatch.launch import ALIGNMENT
+from tilewright.errors import ImplementationError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Iterable
@@ -34,12 +36,21 @@ def unobserved(tensors: Iterable[torch.Tensor | None]) -> bool:
     """Whether a call on these tensors may skip torch's dispatcher."""
     if _is_compiling() or not _CAN_TELL:
         return False
+    if forward_ad._current_level >= 0:
+        _refuse_tangents(tensors)
     if _dispatch_modes() or _functorch_level() is not None or _profiler_enabled() or _tracing_state() is not None:
         return False
     for tensor in tensors:  # noqa: SIM110 - a generator would cost a third more
         if tensor is not None and (type(tensor) not in _PLAIN or tensor.is_neg()):
             return False
     return True
+
+
+def _refuse_tangents(tensors: Iterable[torch.Tensor | None]) -> None:
+    """The registered operators would drop a forward-mode derivative without a word."""
+    for tensor in tensors:
+        if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:  # type: ignore[no-untyped-call]
+            raise ImplementationError("an argument has a forward-mode derivative, which no implementation computes")
 
 
 def metadata(tensors: Iterable[torch.Tensor | None]) -> Hashable:

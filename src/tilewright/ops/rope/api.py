@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from tilewright.dispatch import Described
 
+_BY_ANGLES = "rope_from_angles"
 Layout = Literal["bshd", "sbhd", "bhsd", "thd"]
 Numerics = Literal["exact", "hf"]
 
@@ -109,7 +110,7 @@ def rope(
         >>> tilewright.rope(torch.randn(2, 128, 8, 64), cos, sin).shape
         torch.Size([2, 128, 8, 64])
     """
-    offset, starts = (0, None) if offsets is None else _split(offsets)
+    offset, starts = (0, None) if offsets is None else _split("rope", offsets)
     inputs = (x, None, cos, sin, position_ids, starts, cu_seqlens)
     options = (
         layout, interleaved, rotary_dim, rotary_offset, context_parallel and tuple(context_parallel),
@@ -175,7 +176,7 @@ def rope_qk(
         >>> k.shape
         torch.Size([2, 128, 2, 64])
     """
-    offset, starts = (0, None) if offsets is None else _split(offsets)
+    offset, starts = (0, None) if offsets is None else _split("rope_qk", offsets)
     inputs = (q, k, cos, sin, position_ids, starts, cu_seqlens)
     options = (
         layout, interleaved, rotary_dim, rotary_offset, context_parallel and tuple(context_parallel),
@@ -241,7 +242,7 @@ def rope_from_angles(
         >>> tilewright.rope_from_angles(torch.randn(2, 128, 8, 64), angles).shape
         torch.Size([2, 128, 8, 64])
     """
-    offset, starts = (0, None) if offsets is None else _split(offsets)
+    offset, starts = (0, None) if offsets is None else _split("rope_from_angles", offsets)
     inputs = (x, None, _flat(angles), None, position_ids, starts, cu_seqlens)
     options = (
         layout, interleaved, rotary_dim, rotary_offset, context_parallel and tuple(context_parallel),
@@ -250,14 +251,31 @@ def rope_from_angles(
     return _run("rope_from_angles", inputs, offset, options, impl, inplace)[0]
 
 
-def _split(offsets: int | torch.Tensor) -> tuple[int, torch.Tensor | None]:
+def _refuse_missing(operation: str, inputs: tuple[Any, ...]) -> None:
+    """Within this family None means that there is no such tensor, so a caller must not pass it by mistake."""
+    names = {_BY_ANGLES: ("x", "", "angles"), "rope": ("x", "", "cos", "sin"), "rope_qk": ("q", "k", "cos", "sin")}
+    for name, tensor in zip(names[operation], inputs, strict=False):
+        if name and tensor is None:
+            raise DTypeError(operation, name, "got None; expected a tensor")
+
+
+def _refuse_table_gradients(operation: str, cos: torch.Tensor, sin: torch.Tensor | None) -> None:
+    name = "angles" if sin is None else "cos" if cos.requires_grad else "sin"
+    raise ArgumentError(operation, name, "requires a gradient, but tables are constants; detach it")
+
+
+def _split(operation: str, offsets: int | torch.Tensor) -> tuple[int, torch.Tensor | None]:
     """The number added to every position, and the tensor of one for each sequence."""
-    return (0, offsets) if isinstance(offsets, torch.Tensor) else (offsets, None)
+    if isinstance(offsets, torch.Tensor):
+        return 0, offsets
+    if isinstance(offsets, bool) or not isinstance(offsets, int | torch.SymInt):
+        raise DTypeError(operation, "offsets", f"got {type(offsets).__name__}; expected an int or a tensor of them")
+    return offsets, None
 
 
 def _flat(angles: torch.Tensor) -> torch.Tensor:
     """Transformer Engine's ``[P, 1, 1, rotary_dim]`` without the dimensions in between."""
-    if angles.dim() > 2 and angles.numel() == angles.shape[0] * angles.shape[-1]:
+    if isinstance(angles, torch.Tensor) and angles.dim() > 2 and angles.numel() == angles.shape[0] * angles.shape[-1]:
         return angles.reshape(angles.shape[0], angles.shape[-1])
     return angles
 
@@ -271,17 +289,15 @@ def _run(
     inplace: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     q, k, cos, sin = inputs[:4]
+    if q is None or cos is None or (k is None and operation == "rope_qk") or (sin is None and operation != _BY_ANGLES):
+        _refuse_missing(operation, inputs)
+    if not unobserved(inputs):
+        return _run_registered(operation, inputs, offset, options, impl, inplace)
     needs_grad = False
     if torch.is_grad_enabled():
         needs_grad = q.requires_grad or (k is not None and k.requires_grad)
         if cos.requires_grad or (sin is not None and sin.requires_grad):
-            raise ArgumentError(
-                operation,
-                "angles" if sin is None else "cos",
-                "requires a gradient, but tables are constants; detach it",
-            )
-    if not unobserved(inputs):
-        return _run_registered(inputs, offset, options, impl, inplace, needs_grad)
+            _refuse_table_gradients(operation, cos, sin)
     if not needs_grad:
         return rotate(inputs, offset, options, impl, inplace=inplace, operation=operation)
     if impl is None:
@@ -295,16 +311,32 @@ def _run(
     for name, x in (("x" if k is None else "q", q), ("k", k)):
         if x is not None and x.is_leaf and x.requires_grad:
             raise ArgumentError(operation, name, "is a leaf that requires a gradient; it cannot be written in place")
-    # torch lets one function write into one view only, so q and k take a launch each.
-    q = _rotation_inplace(q, rest)
-    return q, None if k is None else _rotation_inplace(k, rest)
+    return tuple(None if x is None else _write(x, rest) for x in (q, k))  # type: ignore[return-value]
+
+
+def _write(x: torch.Tensor, rest: tuple[Any, ...]) -> torch.Tensor:
+    """Rotate into ``x``, recording it.
+
+    Autograd allows a function to write into one view only, and judges some views after the fact; those are written by
+    ``copy_``, which it knows how to refuse before anything is lost.
+    """
+    if not x._is_view():
+        return _rotation_inplace(x, rest)  # type: ignore[no-any-return]
+    inputs, *others = rest
+    return x.copy_(_rotation(x, ((x, None, *inputs[2:]), *others)))
 
 
 def _run_registered(
-    inputs: tuple[Any, ...], offset: int, options: tuple[Any, ...], impl: str | None, inplace: bool, needs_grad: bool
+    operation: str, inputs: tuple[Any, ...], offset: int, options: tuple[Any, ...], impl: str | None, inplace: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Through the registered operators: under torch.compile and wherever somebody watches the dispatcher."""
-    q, k = inputs[:2]
+    q, k, cos, sin = inputs[:4]
+    for field, value in zip(Inputs._fields, inputs, strict=True):
+        if value is not None and not isinstance(value, torch.Tensor):
+            raise DTypeError(operation, field, f"got {type(value).__name__}; expected a tensor")
+    needs_grad = torch.is_grad_enabled() and (q.requires_grad or (k is not None and k.requires_grad))
+    if torch.is_grad_enabled() and (cos.requires_grad or (sin is not None and sin.requires_grad)):
+        _refuse_table_gradients(operation, cos, sin)
     rest = tail(inputs, offset, options, impl if impl is not None else override())
     if not inplace:
         if k is None:
@@ -405,7 +437,7 @@ def _describe(function: Callable[..., Any]) -> Callable[..., Described]:
             raise DTypeError("explain", name, str(error)) from error
         bound.apply_defaults()
         given = bound.arguments
-        offset, starts = (0, None) if given["offsets"] is None else _split(given["offsets"])
+        offset, starts = (0, None) if given["offsets"] is None else _split(name, given["offsets"])
         cos, sin = (_flat(given["angles"]), None) if "angles" in given else (given["cos"], given["sin"])
         q, k = (given["x"], None) if "x" in given else (given["q"], given["k"])
         inputs = Inputs(q, k, cos, sin, given["position_ids"], starts, given["cu_seqlens"])

@@ -70,6 +70,11 @@ class Options(NamedTuple):
     transpose: bool = False
     numerics: str = "exact"
 
+    @property
+    def parallel_size(self) -> int:
+        """Over how many ranks each sequence is spread."""
+        return 1 if self.context_parallel is None else self.context_parallel[1]
+
 
 @dataclass(frozen=True)
 class RopeCall:
@@ -96,8 +101,7 @@ class RopeCall:
     @property
     def last_offset(self) -> int:
         """The largest number that may be added to counted positions of whole sequences within the table."""
-        size = 1 if self.options.context_parallel is None else self.options.context_parallel[1]
-        return self.n_positions - self.seqlen * size
+        return self.n_positions - self.seqlen * self.options.parallel_size
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -256,7 +260,7 @@ def _check_positions(
     if position_ids is None:
         if section is not None:
             raise ArgumentError(operation, "mrope_section", "needs position_ids with three rows")
-        if options.context_parallel is not None and seqlen % 2 and inputs.cu_seqlens is None:
+        if options.parallel_size > 1 and seqlen % 2 and inputs.cu_seqlens is None:
             raise ArgumentError(operation, "context_parallel", f"needs an even sequence length, got {seqlen}")
         return
     for other, given in (
@@ -337,7 +341,7 @@ def check_call(call: RopeCall, inputs: Inputs, offset: int, operation: str) -> N
     if cu_seqlens is not None:
         lengths = _sequence_lengths(call, cu_seqlens, operation)
     starts = [0] * len(lengths) if offsets is None else offsets.tolist()
-    size = 1 if call.options.context_parallel is None else call.options.context_parallel[1]
+    size = call.options.parallel_size
     used = [start + offset + length * size - 1 for start, length in zip(starts, lengths, strict=True) if length > 0]
     if used and max(used) >= call.n_positions:
         raise _too_short(call, max(used), operation, inputs)
@@ -346,14 +350,14 @@ def check_call(call: RopeCall, inputs: Inputs, offset: int, operation: str) -> N
 def _sequence_lengths(call: RopeCall, cu_seqlens: torch.Tensor, operation: str) -> list[int]:
     """Length of each sequence on this rank, from values."""
     starts: list[int] = cu_seqlens.tolist()
-    size = 1 if call.options.context_parallel is None else call.options.context_parallel[1]
+    size = call.options.parallel_size
     if starts[0] != 0:
         raise ArgumentError(operation, "cu_seqlens", f"starts with {starts[0]}; expected 0")
     lengths = [end - start for start, end in pairwise(starts)]
     for index, length in enumerate(lengths):
         if length < 0:
             raise ArgumentError(operation, "cu_seqlens", f"descends from {starts[index]} to {starts[index + 1]}")
-        if call.options.context_parallel is not None and length % (2 * size):
+        if size > 1 and length % (2 * size):
             raise ArgumentError(
                 operation,
                 "cu_seqlens",

@@ -247,10 +247,10 @@ def rope_kernel(
         q_ptr.dtype.element_ty, COMPUTE, N_PAIRS, FULL_TABLE, INTERLEAVED, ROUND_TABLE, INVERSE, TRANSPOSE,
     )  # fmt: skip
 
-    x_1 = x_1.to(COMPUTE)
-    x_2 = x_2.to(COMPUTE)
-    y_1 = (x_1 * m11[:, None, :] + x_2 * m12[:, None, :]).to(y_ptr.dtype.element_ty)
-    y_2 = (x_1 * m21[:, None, :] + x_2 * m22[:, None, :]).to(y_ptr.dtype.element_ty)
+    y_1 = x_1.to(COMPUTE) * m11[:, None, :] + x_2.to(COMPUTE) * m12[:, None, :]
+    y_2 = x_1.to(COMPUTE) * m21[:, None, :] + x_2.to(COMPUTE) * m22[:, None, :]
+    y_1 = tl.where(valid[:, None, :], y_1.to(y_ptr.dtype.element_ty), x_1)  # even infinities pass through untouched
+    y_2 = tl.where(valid[:, None, :], y_2.to(y_ptr.dtype.element_ty), x_2)
     if INTERLEAVED:
         y = tl.reshape(tl.join(y_1, y_2), (BLOCK_T, BLOCK_H, 2 * BLOCK_P))
         tl.store(y_ptr + y_row + dim * stride_y_dim, y, mask)

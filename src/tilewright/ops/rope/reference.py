@@ -60,10 +60,8 @@ def mrope_axis(call: RopeCall, device: torch.device) -> torch.Tensor:
     return axis
 
 
-def rotation(
-    call: RopeCall, inputs: Inputs, position: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The 2 x 2 matrix of each pair: its entries m11, m12, m21, m22, each [1 or B, S, pairs]."""
+def rotation(call: RopeCall, inputs: Inputs, position: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The 2 x 2 matrix of each pair, m11, m12, m21, m22, and whether the pair is rotated, each [1 or B, S, pairs]."""
     compute, options = call.compute_dtype, call.options
     if inputs.sin is None:
         angle = inputs.cos.to(compute)
@@ -75,14 +73,15 @@ def rotation(
     cos, sin = cos.to(compute), sin.to(compute)
     valid = (position >= 0) & (position < call.n_positions)
     row = position.clamp(0, call.n_positions - 1)
+    if options.mrope_section is not None:  # each pair has a position of its own
+        axis = mrope_axis(call, row.device)
+        row, valid = row[axis].movedim(0, -1), valid[axis].movedim(0, -1)
+    else:
+        row, valid = row[..., None], valid[..., None]
+    pair = torch.arange(call.n_pairs, device=row.device)
 
     def gather(table: torch.Tensor, identity: float) -> torch.Tensor:
-        if options.mrope_section is None:
-            return torch.where(valid[..., None], table[row], identity)
-        axis = mrope_axis(call, row.device)  # [pairs]
-        pair = torch.arange(call.n_pairs, device=row.device)
-        chosen = table[row[axis].movedim(0, -1), pair]  # row[axis]: [pairs, B, S]
-        return torch.where(valid[axis].movedim(0, -1), chosen, identity)
+        return torch.where(valid, table[row, pair], identity)
 
     if not call.full_table:
         cos_1 = cos_2 = gather(cos, 1.0)
@@ -96,7 +95,7 @@ def rotation(
         m11, m12, m21, m22 = cos_2 / determinant, sin_1 / determinant, -sin_2 / determinant, cos_1 / determinant
     if options.transpose:
         m12, m21 = m21, m12
-    return m11, m12, m21, m22
+    return m11, m12, m21, m22, valid.expand_as(m11)
 
 
 def rotate(call: RopeCall, inputs: Inputs, offset: int, outputs: tuple[torch.Tensor, torch.Tensor | None]) -> None:
@@ -129,10 +128,12 @@ def _rotate_one(call: RopeCall, x: torch.Tensor, y: torch.Tensor, matrix: tuple[
     if matrix is None:
         rotated = None
     else:
-        m11, m12, m21, m22 = matrix
+        m11, m12, m21, m22, valid = matrix
         x_1, x_2 = _halves(call, x[..., start:end])
-        x_1, x_2 = x_1.to(call.compute_dtype), x_2.to(call.compute_dtype)
-        rotated = (x_1 * m11 + x_2 * m12, x_1 * m21 + x_2 * m22)
+        wide_1, wide_2 = x_1.to(call.compute_dtype), x_2.to(call.compute_dtype)
+        y_1 = (wide_1 * m11 + wide_2 * m12).to(x.dtype)
+        y_2 = (wide_1 * m21 + wide_2 * m22).to(x.dtype)
+        rotated = (torch.where(valid, y_1, x_1), torch.where(valid, y_2, x_2))
     if y is not x:
         pieces = ((0, call.head_dim),) if rotated is None else ((0, start), (end, call.head_dim))
         for low, high in pieces:
