@@ -10,7 +10,7 @@ specialises on.
 from __future__ import annotations
 
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tilewright.platforms import current_index
 
@@ -34,7 +34,7 @@ class BoundKernel:
         options: launch options, such as ``num_warps``.
     """
 
-    __slots__ = ("_again", "_device", "_grid", "_kernel", "_options", "_tail")
+    __slots__ = ("_device", "_grid", "_kernel", "_options", "_ready", "_tail")
 
     def __init__(
         self, kernel: Any, grid: int, device: torch.device, tail: tuple[Any, ...], options: dict[str, Any]
@@ -44,16 +44,60 @@ class BoundKernel:
         self._device = device
         self._tail = tail
         self._options = options
-        self._again: Callable[..., None] | None = None
+        self._ready: _Ready | None = None
 
     def __call__(self, tensors: tuple[torch.Tensor | None, ...], *scalars: int) -> None:
         """Launch on ``tensors``, then ``scalars``, then the fixed arguments."""
-        if self._again is not None:
-            self._again(tensors, scalars)
+        if self._ready is None:
+            with _current(self._device):
+                compiled = self._kernel[(self._grid,)](*tensors, *scalars, *self._tail, **self._options)
+                self._ready = _ready(compiled, self._device)
             return
-        with _current(self._device):
-            compiled = self._kernel[(self._grid,)](*tensors, *scalars, *self._tail, **self._options)
-            self._again = _repeater(compiled, self._grid, self._device, self._tail)
+        compiled, run, function, metadata, home, current_device, stream_of, hooks = self._ready
+        if current_device() != home:
+            with _current(self._device):
+                self(tensors, *scalars)
+            return
+        enter, leave = hooks.launch_enter_hook, hooks.launch_exit_hook
+        if getattr(enter, "calls", enter) or getattr(leave, "calls", leave):  # a profiler wants to know of each launch
+            compiled[(self._grid, 1, 1)](*tensors, *scalars, *self._tail)
+            return
+        pointers = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
+        run(
+            self._grid, 1, 1, stream_of(home), function, metadata, None, None, None, *pointers, *scalars, *self._tail
+        )  # fmt: skip
+
+
+class _Ready(NamedTuple):
+    """A compiled kernel and what its launch takes."""
+
+    compiled: Any
+    run: Callable[..., None]
+    function: Any
+    metadata: Any
+    home: int
+    current_device: Callable[[], int]
+    stream_of: Callable[[int], int]
+    hooks: Any
+
+
+def _ready(compiled: Any, device: torch.device) -> _Ready | None:
+    """What later launches need; None where nothing was compiled, as in Triton's interpreter."""
+    if not all(hasattr(compiled, name) for name in ("run", "function", "packed_metadata")):
+        return None
+    from triton import knobs
+    from triton.runtime import driver
+
+    return _Ready(
+        compiled=compiled,
+        run=compiled.run,
+        function=compiled.function,
+        metadata=compiled.packed_metadata,
+        home=driver.active.get_current_device(),
+        current_device=current_index(device),
+        stream_of=driver.active.get_current_stream,
+        hooks=knobs.runtime,
+    )
 
 
 def _current(device: torch.device) -> Any:
@@ -63,31 +107,3 @@ def _current(device: torch.device) -> Any:
     import torch
 
     return torch.get_device_module(device).device(device)
-
-
-def _repeater(compiled: Any, grid: int, device: torch.device, tail: tuple[Any, ...]) -> Callable[..., None] | None:
-    """A function that launches a compiled kernel; None where there is none, as in Triton's interpreter."""
-    if not all(hasattr(compiled, name) for name in ("run", "function", "packed_metadata")):
-        return None
-    from triton import knobs
-    from triton.runtime import driver
-
-    run, function, metadata = compiled.run, compiled.function, compiled.packed_metadata
-    stream_of = driver.active.get_current_stream
-    home = driver.active.get_current_device()
-    current_device = current_index(device)
-    hooks = knobs.runtime
-
-    def again(tensors: tuple[torch.Tensor | None, ...], scalars: tuple[int, ...]) -> None:
-        if current_device() != home:
-            with _current(device):
-                again(tensors, scalars)
-            return
-        enter, leave = hooks.launch_enter_hook, hooks.launch_exit_hook
-        if getattr(enter, "calls", enter) or getattr(leave, "calls", leave):  # a profiler wants to know of each launch
-            compiled[(grid, 1, 1)](*tensors, *scalars, *tail)
-            return
-        pointers = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
-        run(grid, 1, 1, stream_of(home), function, metadata, None, None, None, *pointers, *scalars, *tail)
-
-    return again

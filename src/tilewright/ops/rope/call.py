@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     Outputs = tuple[torch.Tensor, torch.Tensor | None]
-    Runner = Callable[["Sequence[torch.Tensor | None]", int, Outputs], None]
+    Runner = Callable[["tuple[torch.Tensor | None, ...]", int], None]  # (*Inputs, *Outputs), offset
     Planner = Callable[["RopeCall", "Inputs", Outputs], Runner]
 
 MAX_HEAD_DIM = 512

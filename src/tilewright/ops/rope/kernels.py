@@ -22,8 +22,6 @@ from tilewright.ops.rope.call import LAYOUTS, Inputs
 from tilewright.ops.rope.launch import launch_parameters
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from tilewright.ops.rope.call import Outputs, RopeCall, Runner
 
 _COMPUTE = {torch.float32: tl.float32, torch.float64: tl.float64}
@@ -272,7 +270,7 @@ def plan(call: RopeCall, inputs: Inputs, outputs: Outputs) -> Runner:
     n_tiles = -(-call.n_q_heads // block.heads) + -(-call.n_k_heads // block.heads)
     programs = call.batch * -(-call.seqlen // block.tokens) * n_tiles
     if programs == 0:
-        return lambda inputs, offset, outputs: None
+        return lambda tensors, offset: None
     if programs > _MAX_PROGRAMS:
         raise ArgumentError("rope", "q", f"needs {programs} programs; one launch has at most {_MAX_PROGRAMS}")
     if inputs.sin is not None and inputs.sin.stride() != inputs.cos.stride():
@@ -314,23 +312,20 @@ def plan(call: RopeCall, inputs: Inputs, outputs: Outputs) -> Runner:
         block.heads,
     )
     options = {"num_warps": block.num_warps, "enable_fp_fusion": False}
-    kernel = BoundKernel(rope_kernel, programs, q.device, tail, options)
-
-    return lambda inputs, offset, outputs: kernel((*inputs, *outputs), offset)
+    return BoundKernel(rope_kernel, programs, q.device, tail, options)
 
 
 def _with_equal_tables(call: RopeCall, inputs: Inputs, outputs: Outputs) -> Runner:
     """The kernel has one set of strides for both tables: make them equal where they are not."""
 
-    def equal(inputs: Sequence[torch.Tensor | None]) -> Inputs:
-        q, k, cos, sin, *positions = inputs
-        assert q is not None
+    def equal(tensors: tuple[torch.Tensor | None, ...]) -> tuple[torch.Tensor | None, ...]:
+        q, k, cos, sin, *rest = tensors
         assert cos is not None
         assert sin is not None
-        return Inputs(q, k, cos.contiguous(), sin.contiguous(), *positions)
+        return (q, k, cos.contiguous(), sin.contiguous(), *rest)
 
-    run = plan(call, equal(inputs), outputs)
-    return lambda inputs, offset, outputs: run(equal(inputs), offset, outputs)
+    run = plan(call, Inputs._make(equal(inputs)), outputs)
+    return lambda tensors, offset: run(equal(tensors), offset)
 
 
 def _strides(x: torch.Tensor, axes: tuple[int | None, int, int]) -> tuple[int, int, int]:

@@ -31,7 +31,12 @@ def _load_reference() -> Planner:
     from tilewright.ops.rope.reference import rotate
 
     def plan(call: RopeCall, inputs: Inputs, outputs: Outputs) -> Runner:
-        return lambda inputs, offset, outputs: rotate(call, Inputs._make(inputs), offset, outputs)
+        def run(tensors: tuple[torch.Tensor | None, ...], offset: int) -> None:
+            *inputs, q_out, k_out = tensors
+            assert q_out is not None
+            rotate(call, Inputs._make(inputs), offset, (q_out, k_out))
+
+        return run
 
     return plan
 
@@ -121,7 +126,7 @@ def rotate(
         plan = _PLANS.put(key, made)
     if plan.has_values or offset > plan.last_offset:
         check_call(plan.call, Inputs._make(inputs), offset, operation)
-    plan.run(inputs, offset, outputs)
+    plan.run((*inputs, *outputs), offset)
     if inplace:
         torch.autograd.graph.increment_version(q)
         if k is not None:
@@ -143,7 +148,7 @@ def _make_plan(
 
 def _plan_nothing(call: RopeCall, inputs: Inputs, outputs: Outputs) -> Runner:
     """On the meta device there is nothing to compute."""
-    return lambda inputs, offset, outputs: None
+    return lambda tensors, offset: None
 
 
 def _empty(x: torch.Tensor, strides: Strides) -> torch.Tensor:
