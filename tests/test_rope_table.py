@@ -258,10 +258,7 @@ LLAMA3 = {
 DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "original_max_position_embeddings": 64}
 LINEAR = {"rope_type": "linear", "factor": 2.0}
 REQUIRED = [
-    (scaling, name)
-    for scaling in (LINEAR, DYNAMIC, YARN, LLAMA3, LONGROPE)
-    for name in scaling
-    if name != "rope_type"
+    (scaling, name) for scaling in (LINEAR, DYNAMIC, YARN, LLAMA3, LONGROPE) for name in scaling if name != "rope_type"
 ]
 
 
