@@ -10,7 +10,7 @@ import torch
 
 import tilewright
 from tilewright import rope, rope_qk, rope_table
-from tilewright.dispatch import Described, Implementation, Operation, Supported, Unsupported, select, use
+from tilewright.dispatch import Described, Implementation, Operation, Supported, Unsupported, asked_for, select, use
 from tilewright.dispatch.eager import PlanCache
 from tilewright.errors import ArgumentError, ImplementationError, TilewrightError, UnknownNameError
 from tilewright.ops.rope import op
@@ -27,7 +27,7 @@ def implementation(name, *, verdict=None, load=None):
 
 def choose(*implementations, impl=None):
     """The planner that serves a call; each is its implementation's name."""
-    return select("thing", implementations, Described(CPU, (torch.float32,), "a shape", impl))
+    return select("thing", implementations, asked_for(Described(CPU, (torch.float32,), "a shape", impl)))
 
 
 def explain(*implementations, impl=None):

@@ -66,7 +66,8 @@ def compare(result: torch.Tensor, reference: torch.Tensor, truth: torch.Tensor, 
         return Agreement(True, 0.0, 0.0, 0.0)
     truth = truth.double()
     finite = torch.isfinite(truth)
-    same_class = (torch.isfinite(result) == finite) & (torch.isnan(result) == torch.isnan(truth))
+    # Where the truth is not finite the result must be the same infinity, or NaN where it is NaN.
+    same_class = torch.where(finite, torch.isfinite(result), (result == truth) | (result.isnan() & truth.isnan()))
     error = (result.double() - truth).abs().masked_fill(~finite, 0.0)
     reference_error = (reference.double() - truth).abs().masked_fill(~finite, 0.0).max()
     scale = math.sqrt(reduced)

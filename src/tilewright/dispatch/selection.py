@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 class _Override(threading.local):
     """The implementation that ``use`` asks for in this thread. Dynamo can guard on an attribute of such an object."""
 
-    name: str | None = None
+    def __init__(self) -> None:
+        self.name: str | None = None
 
 
 _OVERRIDE = _Override()
@@ -61,12 +62,13 @@ def override() -> str | None:
 
 
 class Described(NamedTuple):
-    """A call as selection sees it."""
+    """A call as selection sees it: ``requested`` is the implementation asked for, ``how`` in what words, if known."""
 
     device: torch.device
     dtypes: tuple[torch.dtype, ...]
     shape: Any
     requested: str | None
+    how: str = ""
 
 
 @dataclass(frozen=True)
@@ -115,7 +117,10 @@ class Explanation:
 
     def to_json(self) -> dict[str, Any]:
         """The record in JSON's types."""
-        return asdict(self)
+        return asdict(self) | {
+            "dtypes": list(self.dtypes),
+            "candidates": [asdict(candidate) for candidate in self.candidates],
+        }
 
 
 @dataclass(frozen=True)
@@ -134,8 +139,15 @@ class Operation:
 
     def explain(self, *args: Any, **kwargs: Any) -> Explanation:
         """Explain the choice for this call, without making it."""
-        explanation, _ = decide(self.name, self.implementations, self.describe(*args, **kwargs))
+        explanation, _ = decide(self.name, self.implementations, asked_for(self.describe(*args, **kwargs)))
         return explanation
+
+
+def asked_for(described: Described) -> Described:
+    """The call with what ``use`` asks for, if its ``impl=`` argument does not say."""
+    if described.requested is not None:
+        return described._replace(how="impl=")
+    return described._replace(requested=override(), how="use()")
 
 
 def select(name: str, implementations: Sequence[Implementation], described: Described) -> Any:
@@ -153,12 +165,11 @@ def select(name: str, implementations: Sequence[Implementation], described: Desc
 
 def decide(name: str, implementations: Sequence[Implementation], described: Described) -> tuple[Explanation, Any]:
     """Choose, and say why; with the chosen one's planner, or None if the call must raise."""
-    asked = described.requested if described.requested is not None else override()
-    how = "impl=" if described.requested is not None else "use()"
+    asked, how = described.requested, f" by {described.how}" if described.how else ""
     known = [implementation.name for implementation in implementations]
     if asked is not None and asked not in known:
         there_are = f"there are: {', '.join(known)}"
-        raise UnknownNameError(f"{name}: no implementation is called '{asked}' (asked for by {how}); {there_are}")
+        raise UnknownNameError(f"{name}: no implementation is called '{asked}' (asked for{how}); {there_are}")
     device = facts(described.device)
     chosen: Implementation | None = None
     planner: Any = None
@@ -191,7 +202,7 @@ def decide(name: str, implementations: Sequence[Implementation], described: Desc
         device=str(device),
         dtypes=tuple(str(dtype).removeprefix("torch.") for dtype in described.dtypes),
         shape=str(described.shape),
-        requested=f"{asked} ({how})" if asked else None,
+        requested=f"{asked} ({described.how or 'impl='})" if asked else None,
         chosen=chosen.name if chosen else None,
         reason=_summary(chosen, asked, how, reasons),
         candidates=tuple(Candidate(i.name, i is chosen, reasons[i.name]) for i in implementations),
@@ -202,9 +213,9 @@ def decide(name: str, implementations: Sequence[Implementation], described: Desc
 def _summary(chosen: Implementation | None, asked: str | None, how: str, reasons: dict[str, str]) -> str:
     """The whole decision in a sentence."""
     if chosen is None:
-        return f"'{asked}' was asked for by {how} but {reasons[asked]}" if asked else "no implementation can serve it"
+        return f"'{asked}' was asked for{how} but {reasons[asked]}" if asked else "no implementation can serve it"
     if asked is not None:
-        return f"asked for by {how}; {reasons[chosen.name]}"
+        return f"asked for{how}; {reasons[chosen.name]}"
     names = list(reasons)
     passed_over = [f"{name}: {reasons[name]}" for name in names[: names.index(chosen.name)]]
     return "; ".join([reasons[chosen.name], *passed_over])

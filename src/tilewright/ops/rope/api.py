@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from tilewright.dispatch import Described
 
+_MAX_OFFSET = 2**31
 _BY_ANGLES = "rope_from_angles"
 Layout = Literal["bshd", "sbhd", "bhsd", "thd"]
 Numerics = Literal["exact", "hf"]
@@ -270,6 +271,8 @@ def _split(operation: str, offsets: int | torch.Tensor) -> tuple[int, torch.Tens
         return 0, offsets
     if isinstance(offsets, bool) or not isinstance(offsets, int | torch.SymInt):
         raise DTypeError(operation, "offsets", f"got {type(offsets).__name__}; expected an int or a tensor of them")
+    if not -_MAX_OFFSET <= offsets < _MAX_OFFSET:
+        raise ArgumentError(operation, "offsets", f"got {offsets}; expected a number of 32 bits")
     return offsets, None
 
 
@@ -291,6 +294,8 @@ def _run(
     q, k, cos, sin = inputs[:4]
     if q is None or cos is None or (k is None and operation == "rope_qk") or (sin is None and operation != _BY_ANGLES):
         _refuse_missing(operation, inputs)
+    if impl is None:
+        impl = override()  # asked here and nowhere later: a backward runs when and where it will
     if not unobserved(inputs):
         return _run_registered(operation, inputs, offset, options, impl, inplace)
     needs_grad = False
@@ -300,8 +305,6 @@ def _run(
             _refuse_table_gradients(operation, cos, sin)
     if not needs_grad:
         return rotate(inputs, offset, options, impl, inplace=inplace, operation=operation)
-    if impl is None:
-        impl = override()  # the backward may run in another thread
     rest = (inputs, offset, options, impl, operation)
     if not inplace:
         if k is None:
@@ -337,7 +340,7 @@ def _run_registered(
     needs_grad = torch.is_grad_enabled() and (q.requires_grad or (k is not None and k.requires_grad))
     if torch.is_grad_enabled() and (cos.requires_grad or (sin is not None and sin.requires_grad)):
         _refuse_table_gradients(operation, cos, sin)
-    rest = tail(inputs, offset, options, impl if impl is not None else override())
+    rest = tail(inputs, offset, options, impl)
     if not inplace:
         if k is None:
             return torch.ops.tilewright.rope(q, *rest), None
@@ -442,7 +445,7 @@ def _describe(function: Callable[..., Any]) -> Callable[..., Described]:
         q, k = (given["x"], None) if "x" in given else (given["q"], given["k"])
         inputs = Inputs(q, k, cos, sin, given["position_ids"], starts, given["cu_seqlens"])
         options = Options(**{field: given[field] for field in Options._fields if field in given})
-        return described(inputs, offset, options, given["impl"], name)
+        return described(inputs, offset, options, given["impl"], name, inplace=given["inplace"])
 
     return describe
 

@@ -273,10 +273,17 @@ def _check_positions(
     if position_ids.dtype not in INDEX_DTYPES:
         raise DTypeError(operation, "position_ids", f"got {position_ids.dtype}; expected {_names(INDEX_DTYPES)}")
     shape = tuple(position_ids.shape)
-    rows = () if section is None else (3,)
-    allowed = [(*rows, seqlen)] if packed else [(*rows, seqlen), (*rows, batch, seqlen), (*rows, 1, seqlen)]
-    if shape not in allowed:
-        expected = " or ".join(str(list(each)) for each in dict.fromkeys(allowed))
+    rows = 0 if section is None else 1
+    # Sizes are compared one by one where they must be equal: comparing batch with length would make torch.compile
+    # compile once more for a batch that happens to be as large as the sequence is long.
+    fits = len(shape) in ((rows + 1,) if packed else (rows + 1, rows + 2)) and shape[-1] == seqlen
+    if fits and len(shape) == rows + 2:
+        fits = shape[-2] == batch or shape[-2] == 1
+    if fits and rows:
+        fits = shape[0] == 3
+    if not fits:
+        three = "3, " if rows else ""
+        expected = f"[{three}{seqlen}]" if packed else f"[{three}{seqlen}] or [{three}{batch}, {seqlen}]"
         raise ArgumentError(operation, "position_ids", f"got shape {list(shape)}; expected {expected}")
 
 
@@ -372,11 +379,24 @@ def _sequence_lengths(call: RopeCall, cu_seqlens: torch.Tensor, operation: str) 
 
 def check_inplace(inputs: Inputs, operation: str) -> None:
     """Refuse to write into a tensor whose elements share memory."""
-    for name, x in (("x" if inputs.k is None else "q", inputs.q), ("k", inputs.k)):
-        if x is None:
-            continue
+    for name, x in _written(inputs):
         if any(stride == 0 and size > 1 for stride, size in zip(x.stride(), x.shape, strict=True)):
             raise ArgumentError(operation, name, "is expanded; with inplace=True every element needs its own memory")
+
+
+def check_writable(inputs: Sequence[torch.Tensor | None], operation: str) -> None:
+    """Refuse to write into an inference tensor where torch would refuse it, but only after the fact."""
+    if torch.is_inference_mode_enabled():
+        return
+    for name, x in _written(inputs):
+        if x.is_inference():
+            raise ArgumentError(operation, name, "is an inference tensor, which only inference mode may write to")
+
+
+def _written(inputs: Sequence[torch.Tensor | None]) -> list[tuple[str, torch.Tensor]]:
+    q, k = inputs[0], inputs[1]
+    named = (("x" if k is None else "q", q), ("k", k))
+    return [(name, x) for name, x in named if x is not None]
 
 
 def _names(dtypes: Sequence[torch.dtype]) -> str:

@@ -24,6 +24,8 @@ from tilewright.ops.rope.launch import launch_parameters
 if TYPE_CHECKING:
     from tilewright.ops.rope.call import Outputs, RopeCall, Runner
 
+# A Triton that lacks one of these fails here, at import, where dispatch takes note, and not at a launch.
+_NEEDED = (tl.join, tl.split, tl.reshape, tl.where, tl.zeros_like, tl.cos, tl.sin, triton.next_power_of_2)
 _COMPUTE = {torch.float32: tl.float32, torch.float64: tl.float64}
 _MAX_PROGRAMS = 2**31 - 1
 

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 BYTES_PER_PROGRAM = 4096
 """Two 16-byte loads for each of 128 threads: the smallest program that keeps memory busy, and the evenest to spread."""
 
+MOST_COVERED = 1.125
+"""How many heads the tiles may cover for each head that there is: idle lanes cost as much as busy ones."""
+
 
 @dataclass(frozen=True)
 class Block:
@@ -35,15 +38,26 @@ def launch_parameters(call: RopeCall, x: torch.Tensor) -> Block:
     """Cover BYTES_PER_PROGRAM of contiguous memory: heads first where heads lie closest, else tokens first."""
     axes = LAYOUTS[call.options.layout]
     rows = max(1, BYTES_PER_PROGRAM // (_power_of_2(call.head_dim) * x.element_size()))
-    most_heads = _power_of_2(max(call.n_q_heads, call.n_k_heads, 1))
     most_tokens = _power_of_2(max(call.seqlen, 1))
     if x.stride(axes.head) <= x.stride(axes.token) or call.seqlen == 1:
-        heads = min(rows, most_heads)
+        heads = _heads(call, rows)
         tokens = min(rows // heads, most_tokens)
     else:
         tokens = min(rows, most_tokens)
-        heads = min(rows // tokens, most_heads)
+        heads = _heads(call, rows // tokens)
     return Block(tokens, heads, num_warps=4)
+
+
+def _heads(call: RopeCall, most: int) -> int:
+    """The most heads, a power of two up to ``most``, whose tiles of q and of k together are hardly ever empty."""
+    heads = min(most, _power_of_2(max(call.n_q_heads, call.n_k_heads, 1)))
+    wanted = call.n_q_heads + call.n_k_heads
+    while heads > 1:
+        covered = sum(-(-n // heads) * heads for n in (call.n_q_heads, call.n_k_heads))
+        if covered <= MOST_COVERED * wanted:
+            break
+        heads //= 2
+    return heads
 
 
 def _power_of_2(n: int) -> int:

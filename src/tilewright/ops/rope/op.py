@@ -13,9 +13,8 @@ import torch
 
 from tilewright.dispatch import Described, Implementation, Supported, select, triton_verdict
 from tilewright.dispatch.eager import PlanCache, metadata
-from tilewright.dispatch.selection import override
 from tilewright.errors import ArgumentError
-from tilewright.ops.rope.call import Inputs, Options, check_call, check_inplace, describe
+from tilewright.ops.rope.call import Inputs, Options, check_call, check_inplace, check_writable, describe
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -81,10 +80,14 @@ class _Plan:
 _PLANS: PlanCache[_Plan] = PlanCache()
 
 
-def described(inputs: Inputs, offset: int, options: Options, impl: str | None, operation: str) -> Described:
+def described(
+    inputs: Inputs, offset: int, options: Options, impl: str | None, operation: str, *, inplace: bool = False
+) -> Described:
     """The validated call as selection sees it."""
     call = describe(inputs, offset, options, operation)
     check_call(call, inputs, offset, operation)
+    if inplace:
+        check_inplace(inputs, operation)
     return Described(inputs.q.device, (call.dtype, call.table_dtype), call, impl)
 
 
@@ -111,11 +114,10 @@ def rotate(
         strides: of the results, where they should differ from what ``torch.empty_like`` gives.
         operation: the public function, for messages.
     """
-    if impl is None:
-        impl = override()
     q: Any = inputs[0]
     k = inputs[1]
     if inplace:
+        check_writable(inputs, operation)
         outputs: Outputs = (q, k)
     else:
         outputs = (_empty(q, strides[0]), None if k is None else _empty(k, strides[1]))
@@ -128,19 +130,17 @@ def rotate(
         check_call(plan.call, Inputs._make(inputs), offset, operation)
     plan.run((*inputs, *outputs), offset)
     if inplace:
-        torch.autograd.graph.increment_version(q)
-        if k is not None:
-            torch.autograd.graph.increment_version(k)
+        for written in (q, k):
+            if written is not None and not written.is_inference():
+                torch.autograd.graph.increment_version(written)
     return outputs
 
 
 def _make_plan(
     inputs: Inputs, offset: int, options: Options, impl: str | None, outputs: Outputs, operation: str
 ) -> _Plan:
-    seen = described(inputs, offset, options, impl, operation)
+    seen = described(inputs, offset, options, impl, operation, inplace=outputs[0] is inputs.q)
     call: RopeCall = seen.shape
-    if outputs[0] is inputs.q:
-        check_inplace(inputs, operation)
     planner: Planner = _plan_nothing if inputs.q.is_meta else select(operation, IMPLEMENTATIONS, seen)
     has_values = any(tensor is not None for tensor in inputs[4:])
     return _Plan(call, planner(call, inputs, outputs), has_values, call.last_offset)

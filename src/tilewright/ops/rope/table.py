@@ -8,14 +8,16 @@ factor multiplies the table.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from tilewright.errors import ArgumentError, DTypeError
+from tilewright.ops.rope.call import INDEX_DTYPES
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable
 
     Scaling = Mapping[str, Any]
 
@@ -86,6 +88,8 @@ def rope_table(
         raise DTypeError("rope_table", "dtype", f"got {dtype}; expected a floating-point dtype")
     position = _positions(positions, device)
     length = int(position.max()) + 1 if position.numel() else 0
+    if scaling is not None and not isinstance(scaling, Mapping):
+        raise ArgumentError("rope_table", "scaling", f"got {scaling!r}; expected a mapping with 'rope_type'")
     inverse_frequency, factor = _scaled(head_dim, base, dict(scaling or {}), length)
     angle = position.double()[:, None] * torch.tensor(inverse_frequency, dtype=torch.float64, device=position.device)
     return RopeTable((torch.cos(angle) * factor).to(dtype), (torch.sin(angle) * factor).to(dtype))
@@ -93,20 +97,24 @@ def rope_table(
 
 def _positions(positions: int | torch.Tensor, device: torch.device | str | None) -> torch.Tensor:
     if isinstance(positions, torch.Tensor):
-        if positions.dim() != 1 or positions.is_floating_point() or positions.is_complex():
+        if positions.dim() != 1 or positions.dtype not in (torch.int8, torch.int16, *INDEX_DTYPES):
             raise ArgumentError(
                 "rope_table",
                 "positions",
                 f"got {positions.dtype} {tuple(positions.shape)}; expected integers [positions]",
             )
         return positions.to(device=device)
-    if positions < 0:
-        raise ArgumentError("rope_table", "positions", f"got {positions}; expected at least 0")
+    if isinstance(positions, bool) or not isinstance(positions, int) or positions < 0:
+        raise ArgumentError("rope_table", "positions", f"got {positions}; expected an int of at least 0")
     return torch.arange(positions, device=device)
 
 
 def _inverse_frequencies(head_dim: int, base: float) -> list[float]:
     return [base ** (-2.0 * i / head_dim) for i in range(head_dim // 2)]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 class _Entries:
@@ -119,27 +127,41 @@ class _Entries:
     def error(self, message: str) -> ArgumentError:
         return ArgumentError("rope_table", "scaling", f"type '{self._type}': {message}")
 
-    def number(self, name: str, default: float | None = None, *, least: float | None = None) -> float:
+    def number(
+        self, name: str, default: float | None = None, *, least: float | None = None, above: float | None = None
+    ) -> float:
         value = self._left.pop(name, default)
         if value is None:
             raise self.error(f"needs '{name}'")
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        if not _is_number(value):
             raise self.error(f"'{name}' is {value!r}; expected a number")
         if least is not None and value < least:
             raise self.error(f"'{name}' is {value}; expected at least {least:g}")
-        return value
+        if above is not None and value <= above:
+            raise self.error(f"'{name}' is {value}; expected more than {above:g}")
+        return float(value)
 
-    def optional(self, name: str) -> float | None:
-        return self.number(name) if self._left.get(name) is not None else self._left.pop(name, None)
+    def optional(self, name: str, *, above: float | None = None) -> float | None:
+        if self._left.get(name) is None:
+            self._left.pop(name, None)
+            return None
+        return self.number(name, above=above)
 
     def factors(self, name: str, length: int) -> list[float]:
         value = self._left.pop(name, None)
-        if not isinstance(value, list | tuple) or len(value) != length or not all(f > 0 for f in value):
+        if (
+            not isinstance(value, list | tuple)
+            or len(value) != length
+            or not all(_is_number(f) and f > 0 for f in value)
+        ):
             raise self.error(f"needs '{name}', a list of {length} positive numbers")
         return [float(f) for f in value]
 
     def flag(self, name: str, default: bool) -> bool:
-        return bool(self._left.pop(name, default))
+        value = self._left.pop(name, default)
+        if not isinstance(value, bool):
+            raise self.error(f"'{name}' is {value!r}; expected True or False")
+        return value
 
     def finish(self) -> None:
         if self._left:
@@ -180,7 +202,9 @@ def _dynamic(head_dim: int, base: float, entries: _Entries, length: int) -> tupl
 def _yarn(head_dim: int, base: float, entries: _Entries, length: int) -> tuple[list[float], float]:
     factor = entries.number("factor", least=1.0)
     original = entries.number("original_max_position_embeddings", least=1)
-    beta_fast, beta_slow = entries.number("beta_fast", 32.0), entries.number("beta_slow", 1.0)
+    beta_fast, beta_slow = entries.number("beta_fast", 32.0, above=0), entries.number("beta_slow", 1.0, above=0)
+    if base <= 1:
+        raise ArgumentError("rope_table", "base", f"got {base}; scaling 'yarn' needs more than 1")
     mscale, mscale_all_dim = entries.optional("mscale"), entries.optional("mscale_all_dim")
     attention_factor = entries.optional("attention_factor")
     truncate = entries.flag("truncate", True)
@@ -226,7 +250,7 @@ def _llama3(head_dim: int, base: float, entries: _Entries, length: int) -> tuple
 
 
 def _longrope(head_dim: int, base: float, entries: _Entries, length: int) -> tuple[list[float], float]:
-    original = entries.number("original_max_position_embeddings", least=1)
+    original = entries.number("original_max_position_embeddings", above=1)
     short, long = entries.factors("short_factor", head_dim // 2), entries.factors("long_factor", head_dim // 2)
     is_long = entries.number("seq_len", length) > original
     factor, attention_factor = entries.optional("factor"), entries.optional("attention_factor")
