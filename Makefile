@@ -12,9 +12,10 @@ demo: $(READY)  ## train a small decoder with and without tilewright, write repo
 test: $(READY)  ## every test that runs without a GPU
 	$(BIN)/python -m pytest -n auto -m "not gpu"
 
-lint: $(READY)  ## style, imports, docstrings
+lint: $(READY)  ## style, imports, docstrings, generated tables
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/python tools/make_tables.py --check
 
 type: $(READY)  ## strict type checking
 	$(BIN)/mypy

@@ -27,7 +27,7 @@ def to_markdown(path: Path | str) -> str:
     records = read(Path(path))
     run, measured = records[0], results(records)
     directions = _directions(measured)
-    parts = [" \n".join(_header(run))]
+    parts = [" \n".join(header(run))]
     for sweep in dict.fromkeys(record["sweep"] for record in measured):
         members = [record for record in measured if record["sweep"] == sweep]
         heads = ["workload", "provider", *_heads(directions), "peak MiB"]
@@ -55,7 +55,7 @@ def show(records: Sequence[Record], console: Console) -> None:
 
     run, measured = records[0], results(records)
     directions = _directions(measured)
-    for sentence in _header(run):
+    for sentence in header(run):
         console.print(escape(sentence), highlight=False)
     table = Table(title=f"{run['family']}: median us per call, share of the copy's bandwidth")
     table.add_column("provider", no_wrap=True)
@@ -91,7 +91,8 @@ def _heads(directions: Sequence[str]) -> list[str]:
     return [f"{direction} {head}" for direction in directions for head in PER_DIRECTION]
 
 
-def _header(run: Record) -> list[str]:
+def header(run: Record) -> list[str]:
+    """What a run measured on what, with which ceilings."""
     environment, copy = run["environment"], run["copy_gb_per_s"]
     versions = ", ".join(
         f"{name} {environment[name]['version']}"

@@ -1,0 +1,139 @@
+"""Write the generated tables of the documentation anew: ``make docs``; with ``--check`` only say whether they are true.
+
+A table stands between ``<!-- table: NAME -->`` and ``<!-- end -->`` in a Markdown file. Support tables come from each
+family's ``spec.py``, figures from the records under ``benchmarks/results/``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tilewright.bench import records, report
+from tilewright.ops import families, operation
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+
+    from tilewright.ops.contract import Family
+
+ROOT = Path(__file__).resolve().parent.parent
+H200 = ROOT / "benchmarks" / "results" / "rope-nvidia-h200-bfloat16.jsonl"
+PAGES = ("README.md", "benchmarks/results/README.md", "src/tilewright/ops/rope/README.md")
+MARK = re.compile(r"(<!-- table: (?P<name>[^>]+?) -->\n).*?(<!-- end -->)", re.DOTALL)
+SHOWN = (
+    "b4 s2048 h32 d128",
+    "b1 s32768 h32 d128",
+    "b2 s8192 h64 d128",
+    "b8 s8192 h16 d64",
+    "b1 s32768 h32+8 d128",
+    "b4 s2048 h32 d128 interleaved",
+)
+PROVIDERS = ("triton", "compile", "flash_attn", "liger", "triton_hf", "compile_hf", "copy")
+
+
+def markdown(heads: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
+    """A Markdown table."""
+    lines = [heads, tuple(":--" for _ in heads), *rows]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+
+
+def names(values: Iterable[Any]) -> str:
+    """Names separated by commas."""
+    return ", ".join(str(value).removeprefix("torch.") for value in values)
+
+
+def operations() -> str:
+    """Every public function and what it accepts."""
+    return markdown(
+        ("operation", "what it does", "dtypes", "layouts", "implementations"),
+        (
+            (
+                f"`{function}`",
+                member.summary,
+                names(member.dtypes),
+                names(member.layouts),
+                names(implementation.name for implementation in operation(function).implementations),
+            )
+            for member in families()
+            for function in member.functions
+        ),
+    )
+
+
+def support(member: Family) -> str:
+    """What a family's contract says, in numbers and names."""
+    rows = [
+        ("public functions", names(f"`{name}`" for name in member.functions)),
+        ("registered operators", names(f"`torch.ops.tilewright.{name}`" for name in member.operators)),
+        ("dtypes", names(member.dtypes)),
+        ("layouts", names(member.layouts)),
+        ("valid calls in the test grid", str(len(member.cases))),
+        ("calls that must raise", str(len(member.invalid_cases))),
+        ("shapes in the benchmark", str(len(member.workloads))),
+    ]
+    return markdown(("", ""), rows)
+
+
+def shares(path: Path) -> str:
+    """Forward / backward of the main shapes: our time, and everybody's share of the copy's bandwidth, in a stream."""
+    written = records.read(path)
+    found = {
+        (record["workload"], record["provider"], record["direction"]): record["stream"]
+        for record in records.results(written)
+        if record["status"] == "ok"
+    }
+
+    def cell(workload: str, provider: str, value: Callable[[Any], str]) -> str:
+        both = [found.get((workload, provider, direction)) for direction in ("forward", "backward")]
+        return " / ".join("-" if each is None else value(each) for each in both)
+
+    rows = [
+        (
+            workload,
+            cell(workload, "triton", lambda timing: f"{timing['median_us']:.1f}"),
+            *(cell(workload, provider, lambda timing: f"{timing['share']:.2f}") for provider in PROVIDERS),
+        )
+        for workload in SHOWN
+    ]
+    heads = ("shape", "`triton`, us", *(f"`{provider}`" for provider in PROVIDERS))
+    return "\n".join(report.header(written[0])) + "\n\n" + markdown(heads, rows)
+
+
+def tables() -> dict[str, Callable[[], str]]:
+    """Every table by its name."""
+    made: dict[str, Callable[[], str]] = {
+        "operations": operations,
+        "rope on H200": partial(shares, H200),
+        "rope on H200, everything": partial(report.to_markdown, H200),
+    }
+    return made | {f"support of {member.name}": partial(support, member) for member in families()}
+
+
+def rewritten() -> Iterator[tuple[Path, str, str]]:
+    """Each page, as it is and as it should be."""
+    made = tables()
+    for page in PAGES:
+        before = (ROOT / page).read_text()
+        yield ROOT / page, before, MARK.sub(lambda match: match[1] + made[match["name"]]() + match[3], before)
+
+
+def main() -> int:
+    """Write the tables, or check them."""
+    parser = argparse.ArgumentParser(description="Write the generated tables of the documentation anew.")
+    parser.add_argument("--check", action="store_true", help="change nothing; fail if a table is out of date")
+    check = parser.parse_args().check
+    stale = [(path, after) for path, before, after in rewritten() if before != after]
+    for path, after in stale:
+        if not check:
+            path.write_text(after)
+        print(f"{path.relative_to(ROOT)}: {'out of date, run make docs' if check else 'written'}")
+    return 1 if check and stale else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
