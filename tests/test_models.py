@@ -16,10 +16,9 @@ from tilewright.errors import ArgumentError, DTypeError, MissingDependencyError
 from tilewright.models import demo, figures, report
 from tilewright.models.decoder import Decoder, DecoderConfig, KeyValueCache, generate
 from tilewright.models.parts import Parts, Served
-from tilewright.models.result import curve_budget
 from tilewright.models.text import batches, decode, encode, load_corpus, read_work, windows
 from tilewright.models.training import Recipe, train, validation_loss
-from tilewright.numerics import compare, compare_curves
+from tilewright.numerics import compare, compare_curves, curve_budget
 
 TINY = DecoderConfig(layers=2, width=32, heads=4, kv_heads=2, head_dim=8, ffn_width=48, context=32)
 TINY_SCALE = demo.Scale(
@@ -308,7 +307,7 @@ def test_demo_sees_a_wrong_part(monkeypatch):
 
 def test_drawn_budget_is_the_policy(result):
     plain, truth = result.plain.losses, result.truth.losses
-    budget = curve_budget(plain, truth, torch.float32)
+    budget = curve_budget(plain, truth, dtype=torch.float32)
     assert budget == result.budget
     for step, allowed in enumerate(budget):
         for share, ok in ((0.99, True), (1.01, False)):

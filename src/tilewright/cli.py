@@ -79,8 +79,9 @@ def _parser() -> argparse.ArgumentParser:
 
 def _list(arguments: argparse.Namespace) -> int:
     from tilewright.ops import families, operation
+    from tilewright.platforms import usable_device
 
-    device = _device(None)
+    device = usable_device(None, "list")
     rows = [
         {
             "operation": function,
@@ -108,7 +109,9 @@ def _list(arguments: argparse.Namespace) -> int:
 
 
 def _explain(arguments: argparse.Namespace) -> int:
-    device = _device(arguments.device)
+    from tilewright.platforms import usable_device
+
+    device = usable_device(arguments.device, "explain")
     explanation = _explanation(arguments.operation, arguments.workload, arguments.dtype, device, arguments.impl)
     print(json.dumps(explanation.to_json()) if arguments.json else explanation)
     return 0 if explanation.chosen else EXIT_DISAGREEMENT
@@ -179,15 +182,6 @@ def _sample(function: str, workload: str | None, dtype: str | None, device: torc
     if workload not in named:
         raise UnknownNameError(f"explain: {function} has no workload '{workload}'; there are: {', '.join(named)}")
     return named[workload].arguments(device, chosen)
-
-
-def _device(name: str | None) -> torch.device:
-    import torch
-
-    if name is not None:
-        return torch.device(name)
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    return torch.device("cpu") if accelerator is None else accelerator
 
 
 def _dtype_name(dtype: torch.dtype) -> str:

@@ -97,18 +97,32 @@ def compare_curves(
         truth: of the same length.
         dtype: the dtype in which the model computes.
     """
-    import torch
-
     if not len(curve) == len(reference) == len(truth):
         return Agreement(False, math.inf, math.nan, math.inf)
+    budgets = curve_budget(reference, truth, dtype=dtype)
+    errors = [abs(value - exact) for value, exact in zip(curve, truth, strict=True)]
+    used = [error / budget if budget else 0.0 for error, budget in zip(errors, budgets, strict=True)]
+    return Agreement(
+        ok=all(error <= budget for error, budget in zip(errors, budgets, strict=True)),  # False for NaN as well
+        error=max(errors, default=0.0),
+        reference_error=max((abs(plain - exact) for plain, exact in zip(reference, truth, strict=True)), default=0.0),
+        worst=max(used, default=0.0),
+    )
+
+
+def curve_budget(reference: Sequence[float], truth: Sequence[float], *, dtype: torch.dtype) -> tuple[float, ...]:
+    """The error that :func:`compare_curves` allows at each step.
+
+    Args:
+        reference: the curve of plain PyTorch parts in ``dtype``.
+        truth: the same training in float64, of the same length.
+        dtype: the dtype in which the model computes.
+    """
+    import torch
+
     eps = torch.finfo(dtype).eps
-    largest_error = largest_reference = worst = 0.0
-    ok = True
-    for step, (value, plain, exact) in enumerate(zip(curve, reference, truth, strict=True), start=1):
-        error = abs(value - exact)
-        largest_reference = max(largest_reference, abs(plain - exact))
-        budget = REFERENCE_ERRORS * largest_reference + eps * abs(exact) * math.sqrt(step)
-        ok = ok and error <= budget  # False for NaN as well
-        largest_error = max(largest_error, error)
-        worst = max(worst, error / budget if budget else 0.0)
-    return Agreement(ok, largest_error, largest_reference, worst)
+    budget, largest = [], 0.0
+    for step, (plain, exact) in enumerate(zip(reference, truth, strict=True), start=1):
+        largest = max(largest, abs(plain - exact))
+        budget.append(REFERENCE_ERRORS * largest + eps * abs(exact) * math.sqrt(step))
+    return tuple(budget)

@@ -26,6 +26,7 @@ from tilewright.errors import (
     UnknownNameError,
 )
 from tilewright.ops.contract import Direction
+from tilewright.platforms import usable_device
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -149,7 +150,7 @@ def _plan(
     max_bytes: int | None,
 ) -> Plan:
     chosen = suite(family)
-    where = _device(device)
+    where = usable_device(device, "bench")
     quick = where.type == "cpu" if quick is None else quick
     element = getattr(torch, dtype, None)
     if not isinstance(element, torch.dtype) or element not in chosen.family.dtypes:
@@ -172,19 +173,6 @@ def _plan(
     if quick and where.type == "cpu" and workloads is None:
         fitting = _largest_of_each_sweep(fitting, element, ways)
     return Plan(chosen, where, element, chosen.chosen(providers), ways, fitting, quick)
-
-
-def _device(device: str | torch.device | None) -> torch.device:
-    if device is None:
-        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    try:
-        where = torch.device(device)
-        torch.empty(0, device=where)
-        torch.get_device_module(where)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        message = f"'{device}' cannot be used: {environment.explain_failure(error)}"
-        raise ArgumentError("bench", "device", message) from error
-    return where
 
 
 def _named(family: str, workloads: tuple[Workload, ...], names: Sequence[str] | None) -> tuple[Workload, ...]:

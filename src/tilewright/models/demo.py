@@ -23,11 +23,11 @@ from tilewright.models import report
 from tilewright.models.decoder import DecoderConfig, generate
 from tilewright.models.optional import require
 from tilewright.models.parts import Parts
-from tilewright.models.result import DemoResult, Measured, curve_budget
+from tilewright.models.result import DemoResult, Measured
 from tilewright.models.text import decode, encode, load_corpus
 from tilewright.models.training import Recipe, computing_in, train, validation_loss
-from tilewright.numerics import compare_curves
-from tilewright.platforms import amd, cpu, facts, nvidia
+from tilewright.numerics import compare_curves, curve_budget
+from tilewright.platforms import amd, cpu, facts, nvidia, usable_device
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -114,7 +114,7 @@ def run(
         MissingDependencyError: rich or matplotlib is needed and missing.
     """
     began = time.perf_counter()
-    where = _device(device)
+    where = usable_device(device, "demo")
     scale = scale or (LARGE if facts(where).kind in (nvidia.KIND, amd.KIND) else SMALL)
     steps = scale.steps if steps is None else steps
     _check(steps, seed, output)
@@ -129,7 +129,7 @@ def run(
     result = DemoResult(
         agrees=agreement.ok,
         agreement=agreement,
-        budget=curve_budget(plain.losses, truth.losses, scale.dtype),
+        budget=curve_budget(plain.losses, truth.losses, dtype=scale.dtype),
         plain=plain,
         tilewright=tilewright,
         truth=truth,
@@ -225,23 +225,6 @@ def _version(*distributions: str) -> str:
         except metadata.PackageNotFoundError:
             continue
     return "not installed"
-
-
-def _device(device: torch.device | str | None) -> torch.device:
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    if device is None:
-        known = accelerator is not None and facts(accelerator).kind in (nvidia.KIND, amd.KIND)
-        return accelerator if accelerator is not None and known else torch.device(cpu.KIND)
-    try:
-        wanted = torch.device(device)
-    except RuntimeError as error:
-        raise ArgumentError("demo", "device", f"got {device!r}, which torch does not know: {error}") from error
-    if wanted.type not in {cpu.KIND, accelerator.type if accelerator else cpu.KIND}:
-        here = f"cpu or {accelerator.type}" if accelerator else "cpu, as torch finds no accelerator here"
-        raise ArgumentError("demo", "device", f"got '{wanted}', expected {here}")
-    if wanted.type != cpu.KIND and (wanted.index or 0) >= torch.accelerator.device_count():
-        raise ArgumentError("demo", "device", f"got '{wanted}', but there are {torch.accelerator.device_count()}")
-    return wanted
 
 
 def _truth_device(device: torch.device) -> torch.device:

@@ -6,13 +6,8 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from tilewright.numerics import REFERENCE_ERRORS
-
 if TYPE_CHECKING:
-    from collections.abc import Sequence
     from pathlib import Path
-
-    import torch
 
     from tilewright.models.decoder import DecoderConfig
     from tilewright.models.parts import Served
@@ -163,24 +158,6 @@ def table_rows(result: DemoResult) -> list[Row]:
         )
         for training in result.trainings
     ]
-
-
-def curve_budget(plain: Sequence[float], truth: Sequence[float], dtype: torch.dtype) -> tuple[float, ...]:
-    """The error that :func:`tilewright.numerics.compare_curves` allows at each step, to be drawn.
-
-    Args:
-        plain: the curve of plain parts in ``dtype``.
-        truth: the curve in float64.
-        dtype: the dtype in which the model computes.
-    """
-    import torch
-
-    eps = torch.finfo(dtype).eps
-    budget, largest = [], 0.0
-    for step, (value, exact) in enumerate(zip(plain, truth, strict=True), start=1):
-        largest = max(largest, abs(value - exact))
-        budget.append(REFERENCE_ERRORS * largest + eps * abs(exact) * math.sqrt(step))
-    return tuple(budget)
 
 
 def _jsonable(value: Any) -> Any:

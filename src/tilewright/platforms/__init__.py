@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Protocol
 
+from tilewright.errors import ArgumentError
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -60,6 +62,29 @@ def _facts(device_type: str, index: int | None) -> DeviceFacts:
         if family.owns(device_type):
             return family.facts(index)
     return DeviceFacts(kind=device_type)
+
+
+def usable_device(asked: torch.device | str | None, operation: str) -> torch.device:
+    """The device that a command was asked to use; by default the accelerator, or the CPU where there is none.
+
+    Raises:
+        ArgumentError: torch does not know the device, or this machine does not have it.
+    """
+    import torch
+
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if asked is None:
+        return accelerator or torch.device("cpu")
+    try:
+        wanted = torch.device(asked)
+    except RuntimeError as error:
+        raise ArgumentError(operation, "device", f"got {asked!r}, which torch does not know") from error
+    if wanted.type not in {"cpu", accelerator.type if accelerator else "cpu"}:
+        here = f"cpu or {accelerator.type}" if accelerator else "cpu, as torch finds no accelerator here"
+        raise ArgumentError(operation, "device", f"got '{wanted}', expected {here}")
+    if wanted.type != "cpu" and (wanted.index or 0) >= torch.accelerator.device_count():
+        raise ArgumentError(operation, "device", f"got '{wanted}', but there are {torch.accelerator.device_count()}")
+    return wanted
 
 
 def current_index(device: torch.device) -> Callable[[], int]:

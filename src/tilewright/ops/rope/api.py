@@ -107,6 +107,7 @@ def rope(
         ImplementationError: ``impl`` cannot serve this call.
 
     Example:
+        >>> import torch, tilewright
         >>> cos, sin = tilewright.rope_table(64, 128)
         >>> tilewright.rope(torch.randn(2, 128, 8, 64), cos, sin).shape
         torch.Size([2, 128, 8, 64])
@@ -172,6 +173,7 @@ def rope_qk(
         ImplementationError: as :func:`tilewright.rope`.
 
     Example:
+        >>> import torch, tilewright
         >>> cos, sin = tilewright.rope_table(64, 128)
         >>> q, k = tilewright.rope_qk(torch.randn(2, 128, 8, 64), torch.randn(2, 128, 2, 64), cos, sin)
         >>> k.shape
@@ -239,6 +241,7 @@ def rope_from_angles(
         ImplementationError: as :func:`tilewright.rope`.
 
     Example:
+        >>> import torch, tilewright
         >>> angles = torch.outer(torch.arange(128.0), 10000.0 ** -(torch.arange(32) / 32))
         >>> tilewright.rope_from_angles(torch.randn(2, 128, 8, 64), angles).shape
         torch.Size([2, 128, 8, 64])
