@@ -20,7 +20,7 @@ lint: $(READY)  ## style, imports, docstrings, generated tables
 type: $(READY)  ## strict type checking
 	$(BIN)/mypy
 
-bench: $(READY)  ## measure every operation on this machine
+bench: $(READY)  ## measure the operations on this machine
 	$(BIN)/tilewright bench rope
 
 docs: $(READY)  ## write the generated tables of the documentation anew

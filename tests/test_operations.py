@@ -1,13 +1,22 @@
 """The grid that every operation family's ``spec.py`` spans, on every target of this machine."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import tilewright
 from tilewright import ops
 from tilewright.testing import check_backward, check_fake, check_forward, targets
 
 FAMILIES = ops.families()
+
+
+def family_targets(family):
+    """Where this machine can run one of the family's implementations."""
+    names = {i.name for i in ops.operation(family.functions[0]).implementations}
+    return [target for target in targets() if target.implementation in names]
 
 
 def _marks(target):
@@ -19,19 +28,19 @@ GRID = [
     for family in FAMILIES
     for case in family.cases
     for dtype in case.dtypes
-    for target in targets()
+    for target in family_targets(family)
 ]
 CASES = [
     pytest.param(case, target, id=f"{family.name}-{case.id}-{target}", marks=_marks(target))
     for family in FAMILIES
     for case in family.cases
-    for target in targets()
+    for target in family_targets(family)
 ]
 INVALID = [
     pytest.param(case, target.device, id=f"{family.name}-{case.id}-{target}", marks=_marks(target))
     for family in FAMILIES
     for case in family.invalid_cases
-    for target in targets()
+    for target in family_targets(family)
     if target.implementation == "reference"
 ]
 
@@ -52,16 +61,36 @@ def test_backward_of_unusual_gradients(case, target, gradient):
     check_backward(case, case.dtypes[0], target, gradient)
 
 
+class Watched(TorchDispatchMode):
+    """Changes nothing, but makes calls go through the registered operators, and counts them."""
+
+    def __init__(self):
+        super().__init__()
+        self.operators = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.operators.add(func.namespace)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("case", "target"), CASES)
+def test_registered_operator(case, target):
+    with Watched() as watched:
+        check_backward(case, case.dtypes[0], target)
+    assert "tilewright" in watched.operators
+
+
 @pytest.mark.parametrize(("case", "target"), CASES)
 def test_fake(case, target):
     check_fake(case, case.dtypes[0], target)
 
 
 @pytest.mark.parametrize(("case", "device"), INVALID)
-def test_invalid(case, device, monkeypatch):
+@pytest.mark.parametrize("watched", [False, True], ids=["direct", "registered"])
+def test_invalid(case, device, watched, monkeypatch):
     monkeypatch.setenv("TILEWRIGHT_CHECK_DEVICE_VALUES", "1")
     args, kwargs = case.build(device)
-    with pytest.raises(case.error) as caught:
+    with pytest.raises(case.error) as caught, Watched() if watched else nullcontext():
         getattr(tilewright, case.function)(*args, **kwargs)
     assert type(caught.value) is case.error
     assert caught.value.argument == case.argument

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 import tilewright
 from rope_helpers import TARGETS, TRITON, integers, pair_norms, random, same_bits, serve, tables
 from tilewright import numerics, rope, rope_qk
-from tilewright.errors import SettingError
+from tilewright.errors import ArgumentError, DTypeError, SettingError
+from tilewright.ops.rope import op
 
 HALVES = [torch.float32, torch.bfloat16, torch.float16]
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
@@ -277,3 +278,52 @@ def test_a_setting_that_is_neither_yes_nor_no(monkeypatch):
     with pytest.raises(SettingError, match="TILEWRIGHT_CHECK_DEVICE_VALUES='maybe'"):
         rope(x, table, table, position_ids=torch.empty(4, dtype=torch.int32, device="meta"))
     assert rope(x, table, table).shape == x.shape, "a call that has no values to check does not read the setting"
+
+
+# Calls that were wrong leave nothing behind.
+
+
+@pytest.mark.parametrize("wrong", [{"rotary_dim": 16.0}, {"rotary_offset": 0.0}, {"interleaved": 0}, {"inverse": 0}])
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_wrong_call_does_not_spoil_the_right_one(target, wrong):
+    """Options that compare equal but are of another type are refused and not remembered."""
+    cos, sin = tables(target)
+    x = random(target, 2, 5, 3, 16)
+    right = {name: int(value) if isinstance(value, float) else bool(value) for name, value in wrong.items()}
+    expected = rope(x, cos, sin, **right, impl=target.implementation)
+    op._PLANS._plans.clear()
+    with pytest.raises(DTypeError) as caught:
+        rope(x, cos, sin, **wrong, impl=target.implementation)
+    assert caught.value.argument == next(iter(wrong))
+    assert same_bits(rope(x, cos, sin, **right, impl=target.implementation), expected)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_features_far_apart(target):
+    """Features whose offsets pass 2**31 elements, in a view of memory that is mostly never touched."""
+    far = 2**31 // 6 + 7
+    base = torch.empty(7 * far + 8, dtype=torch.float16, device=target.device)
+    x = base.as_strided((1, 1, 1, 8), (1, 1, 1, far))
+    x.copy_(random(target, 1, 1, 1, 8))
+    cos, sin = (t[:, :4] for t in tables(target))
+    dense = serve(target, rope, x.contiguous(), cos, sin)
+    assert same_bits(serve(target, rope, x, cos, sin), dense)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_heads_shared_by_q_and_k_are_not_rotated_twice(target):
+    cos, sin = tables(target)
+    heads = random(target, 2, 5, 6, 16)
+    for q, k in ((heads, heads), (heads[:, :, :4], heads[:, :, 3:])):
+        with pytest.raises(ArgumentError) as caught:
+            rope_qk(q, k, cos, sin, inplace=True, impl=target.implementation)
+        assert caught.value.argument == "k"
+    rope_qk(heads[:, :, :4], heads[:, :, 4:], cos, sin, inplace=True, impl=target.implementation)
+
+
+def test_the_operator_refuses_to_drop_the_gradient_of_a_table():
+    tilewright.register()
+    x, table = torch.ones(1, 4, 1, 8, requires_grad=True), torch.ones(4, 4, requires_grad=True)
+    with pytest.raises(ArgumentError) as caught:
+        torch.ops.tilewright.rope(x, table.detach(), table)
+    assert caught.value.argument == "sin"

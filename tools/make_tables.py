@@ -23,7 +23,11 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parent.parent
 H200 = ROOT / "benchmarks" / "results" / "rope-nvidia-h200-bfloat16.jsonl"
-PAGES = ("README.md", "benchmarks/results/README.md", "src/tilewright/ops/rope/README.md")
+PAGES = (
+    "README.md",
+    "benchmarks/results/README.md",
+    *(f"src/tilewright/ops/{member.name}/README.md" for member in families()),
+)
 MARK = re.compile(r"(<!-- table: (?P<name>[^>]+?) -->\n).*?(<!-- end -->)", re.DOTALL)
 SHOWN = (
     "b4 s2048 h32 d128",
@@ -80,10 +84,10 @@ def support(member: Family) -> str:
 
 
 def shares(path: Path) -> str:
-    """Forward / backward of the main shapes: our time, and everybody's share of the copy's bandwidth, in a stream."""
+    """Forward / backward of the main shapes: our times, and shares of the copy's bandwidth."""
     written = records.read(path)
     found = {
-        (record["workload"], record["provider"], record["direction"]): record["stream"]
+        (record["workload"], record["provider"], record["direction"]): record
         for record in records.results(written)
         if record["status"] == "ok"
     }
@@ -95,12 +99,13 @@ def shares(path: Path) -> str:
     rows = [
         (
             workload,
-            cell(workload, "triton", lambda timing: f"{timing['median_us']:.1f}"),
-            *(cell(workload, provider, lambda timing: f"{timing['share']:.2f}") for provider in PROVIDERS),
+            cell(workload, "triton", lambda record: f"{record['single']['share']:.2f}"),
+            cell(workload, "triton", lambda record: f"{record['stream']['median_us']:.1f}"),
+            *(cell(workload, provider, lambda record: f"{record['stream']['share']:.2f}") for provider in PROVIDERS),
         )
         for workload in SHOWN
     ]
-    heads = ("shape", "`triton`, us", *(f"`{provider}`" for provider in PROVIDERS))
+    heads = ("shape", "`triton` alone", "`triton`, us", *(f"`{provider}`" for provider in PROVIDERS))
     return "\n".join(report.header(written[0])) + "\n\n" + markdown(heads, rows)
 
 

@@ -31,6 +31,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except TilewrightError as error:
         print(f"tilewright: error: {error}", file=sys.stderr)
         return EXIT_ERROR
+    except ImportError as error:
+        print(f"tilewright: error: {error}; `tilewright collect-env` says what is there", file=sys.stderr)
+        return EXIT_ERROR
     except KeyboardInterrupt:
         return 130
     return status
@@ -69,7 +72,7 @@ def _parser() -> argparse.ArgumentParser:
 
     demo = command("demo", _demo, "train a small decoder with plain PyTorch parts and with tilewright's, and compare")
     demo.add_argument("--device", help="by default the accelerator, else the CPU")
-    demo.add_argument("--steps", type=int, help="training steps (default: what the device does in about a minute)")
+    demo.add_argument("--steps", type=int, help="training steps (default: 400 on a CPU, 300 on a GPU)")
     demo.add_argument("--seed", type=int, default=0)
     demo.add_argument("--output", default="report.html", help="the report to write")
 

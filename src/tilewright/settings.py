@@ -39,5 +39,5 @@ def check_device_values() -> bool:
 
 
 def triton_interpret() -> bool:
-    """Whether Triton kernels run in Triton's interpreter (:data:`TRITON_INTERPRET`)."""
-    return flag(TRITON_INTERPRET)
+    """Whether Triton kernels run in Triton's interpreter (:data:`TRITON_INTERPRET`), by Triton's reading of it."""
+    return os.environ.get(TRITON_INTERPRET, "").lower() in {"1", "true", "on", "y", "yes"}

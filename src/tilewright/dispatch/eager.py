@@ -34,10 +34,12 @@ _CAN_TELL = None not in (_profiler_enabled, _dispatch_modes, _functorch_level, _
 
 def unobserved(tensors: Iterable[torch.Tensor | None]) -> bool:
     """Whether a call on these tensors may skip torch's dispatcher."""
-    if _is_compiling() or not _CAN_TELL:
+    if _is_compiling():
         return False
     if forward_ad._current_level >= 0:
         _refuse_tangents(tensors)
+    if not _CAN_TELL:
+        return False
     if _dispatch_modes() or _functorch_level() is not None or _profiler_enabled() or _tracing_state() is not None:
         return False
     for tensor in tensors:  # noqa: SIM110 - a generator would cost a third more

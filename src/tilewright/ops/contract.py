@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     import torch
 
-    from tilewright.errors import TilewrightError
+    from tilewright.errors import ArgumentError
 
 Direction = Literal["forward", "backward"]
 
@@ -35,11 +35,15 @@ class Case(Protocol):
 
     @property
     def function(self) -> str:
-        """Name of the public function, an attribute of ``tilewright``."""
+        """Name of the public function, an attribute of ``tilewright`` that takes keyword ``impl``."""
 
     @property
     def dtypes(self) -> tuple[torch.dtype, ...]:
-        """The dtypes in which the case runs."""
+        """The dtypes in which the case runs.
+
+        A function's first case also runs in float64 on the CPU, where its gradients are checked twice, and in bfloat16
+        for ``tilewright list``: keep it small.
+        """
 
     def arguments(self, device: torch.device, dtype: torch.dtype, seed: int = 0) -> Arguments:
         """The call. Equal seeds give equal values on every device."""
@@ -51,25 +55,25 @@ class Case(Protocol):
         """The results by ``reference.py`` alone, in plain PyTorch that autograd differentiates."""
 
     def differentiable(self, arguments: Arguments) -> tuple[torch.Tensor, ...]:
-        """The tensors among ``arguments`` that have gradients."""
+        """The tensors that have gradients: the first positional arguments, in order."""
 
 
 @dataclass(frozen=True)
 class InvalidCase:
-    """A call that must raise before any launch.
+    """A call that must raise before any launch, with ``TILEWRIGHT_CHECK_DEVICE_VALUES=1``.
 
     Attributes:
         id: unique and readable.
         function: name of the public function.
         build: makes the call for a device.
-        error: the error's type.
+        error: the error's exact type.
         argument: the argument that the error names.
     """
 
     id: str
     function: str
     build: Callable[[torch.device], Arguments]
-    error: type[TilewrightError]
+    error: type[ArgumentError]
     argument: str
 
 
@@ -116,7 +120,7 @@ class Family:
         functions: names of the public functions, attributes of ``tilewright``.
         operators: names of the registered operators in ``torch.ops.tilewright``.
         dtypes: the dtypes that the implementations accept.
-        layouts: the memory layouts, for the documentation.
+        layouts: the memory layouts, for the documentation; empty if there is nothing to say.
         cases: the test grid, edge cases included.
         invalid_cases: the calls that must raise.
         workloads: the shapes that the benchmark measures.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from tilewright import settings
 from tilewright.platforms import DeviceFacts
 
 KIND = "nvidia"
@@ -18,4 +19,5 @@ def facts(index: int | None) -> DeviceFacts:
     """The facts of GPU ``index``, the current one if None."""
     properties = torch.cuda.get_device_properties(index)
     arch = f"sm_{properties.major}{properties.minor}"
-    return DeviceFacts(KIND, arch, properties.name, properties.multi_processor_count, triton="compiled")
+    triton = "interpreted" if settings.triton_interpret() else "compiled"
+    return DeviceFacts(KIND, arch, properties.name, properties.multi_processor_count, triton=triton)

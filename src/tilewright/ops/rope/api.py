@@ -11,7 +11,7 @@ from tilewright.dispatch import Operation
 from tilewright.dispatch.eager import record, unobserved
 from tilewright.dispatch.selection import override
 from tilewright.errors import ArgumentError, DTypeError
-from tilewright.ops.rope.call import Inputs, Options
+from tilewright.ops.rope.call import Inputs, Options, check_writable, describe
 from tilewright.ops.rope.op import IMPLEMENTATIONS, described, rotate, tail
 
 if TYPE_CHECKING:
@@ -115,8 +115,8 @@ def rope(
     offset, starts = (0, None) if offsets is None else _split("rope", offsets)
     inputs = (x, None, cos, sin, position_ids, starts, cu_seqlens)
     options = (
-        layout, interleaved, rotary_dim, rotary_offset, context_parallel and tuple(context_parallel),
-        mrope_section and tuple(mrope_section), mrope_interleaved, inverse, False, numerics,
+        layout, interleaved, rotary_dim, rotary_offset, _hashable(context_parallel),
+        _hashable(mrope_section), mrope_interleaved, inverse, False, numerics,
     )  # fmt: skip
     return _run("rope", inputs, offset, options, impl, inplace)[0]
 
@@ -160,7 +160,7 @@ def rope_qk(
         mrope_section: as in :func:`tilewright.rope`.
         mrope_interleaved: as in :func:`tilewright.rope`.
         inverse: as in :func:`tilewright.rope`.
-        inplace: write into ``q`` and ``k`` and return them.
+        inplace: write into ``q`` and ``k`` and return them; where a gradient is recorded, in a launch each.
         numerics: as in :func:`tilewright.rope`.
         impl: as in :func:`tilewright.rope`.
 
@@ -182,8 +182,8 @@ def rope_qk(
     offset, starts = (0, None) if offsets is None else _split("rope_qk", offsets)
     inputs = (q, k, cos, sin, position_ids, starts, cu_seqlens)
     options = (
-        layout, interleaved, rotary_dim, rotary_offset, context_parallel and tuple(context_parallel),
-        mrope_section and tuple(mrope_section), mrope_interleaved, inverse, False, numerics,
+        layout, interleaved, rotary_dim, rotary_offset, _hashable(context_parallel),
+        _hashable(mrope_section), mrope_interleaved, inverse, False, numerics,
     )  # fmt: skip
     q_out, k_out = _run("rope_qk", inputs, offset, options, impl, inplace)
     assert k_out is not None
@@ -209,9 +209,10 @@ def rope_from_angles(
     numerics: Numerics = "exact",
     impl: str | None = None,
 ) -> torch.Tensor:
-    """Rotate by given angles, whose cosines and sines the kernel computes in float32.
+    """Rotate by given angles, whose cosines and sines are computed on the way, in float32 (float64 for float64 ``x``).
 
-    This is what Transformer Engine, Megatron and apex pass around. Angles are in radians.
+    This is what Transformer Engine, Megatron and apex pass around. Angles are in radians. A float32 angle is off by
+    6e-2 at position one million, a 16-bit one far earlier: a table from :func:`tilewright.rope_table` is exact.
 
     Args:
         x: as in :func:`tilewright.rope`.
@@ -249,23 +250,30 @@ def rope_from_angles(
     offset, starts = (0, None) if offsets is None else _split("rope_from_angles", offsets)
     inputs = (x, None, _flat(angles), None, position_ids, starts, cu_seqlens)
     options = (
-        layout, interleaved, rotary_dim, rotary_offset, context_parallel and tuple(context_parallel),
-        mrope_section and tuple(mrope_section), mrope_interleaved, inverse, False, numerics,
+        layout, interleaved, rotary_dim, rotary_offset, _hashable(context_parallel),
+        _hashable(mrope_section), mrope_interleaved, inverse, False, numerics,
     )  # fmt: skip
     return _run("rope_from_angles", inputs, offset, options, impl, inplace)[0]
 
 
-def _refuse_missing(operation: str, inputs: tuple[Any, ...]) -> None:
-    """Within this family None means that there is no such tensor, so a caller must not pass it by mistake."""
-    names = {_BY_ANGLES: ("x", "", "angles"), "rope": ("x", "", "cos", "sin"), "rope_qk": ("q", "k", "cos", "sin")}
-    for name, tensor in zip(names[operation], inputs, strict=False):
-        if name and tensor is None:
-            raise DTypeError(operation, name, "got None; expected a tensor")
+def _check_given(operation: str, inputs: tuple[Any, ...]) -> None:
+    """Refuse what is no tensor, and None where the function needs one: within this family None means there is none."""
+    needed = {"q", "cos", *({"k"} if operation == "rope_qk" else ()), *({"sin"} if operation != _BY_ANGLES else ())}
+    for field, value in zip(Inputs._fields, inputs, strict=True):
+        if (value is None and field in needed) or (value is not None and not isinstance(value, torch.Tensor)):
+            name = "x" if field == "q" and operation != "rope_qk" else field
+            name = "angles" if field == "cos" and operation == _BY_ANGLES else name
+            raise DTypeError(operation, name, f"got {type(value).__name__}; expected a tensor")
 
 
 def _refuse_table_gradients(operation: str, cos: torch.Tensor, sin: torch.Tensor | None) -> None:
     name = "angles" if sin is None else "cos" if cos.requires_grad else "sin"
     raise ArgumentError(operation, name, "requires a gradient, but tables are constants; detach it")
+
+
+def _hashable(option: Any) -> Any:
+    """A list as a tuple; anything else is judged where options are."""
+    return tuple(option) if isinstance(option, list) else option
 
 
 def _split(operation: str, offsets: int | torch.Tensor) -> tuple[int, torch.Tensor | None]:
@@ -296,7 +304,7 @@ def _run(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     q, k, cos, sin = inputs[:4]
     if q is None or cos is None or (k is None and operation == "rope_qk") or (sin is None and operation != _BY_ANGLES):
-        _refuse_missing(operation, inputs)
+        _check_given(operation, inputs)
     if impl is None:
         impl = override()  # asked here and nowhere later: a backward runs when and where it will
     if not unobserved(inputs):
@@ -317,14 +325,17 @@ def _run(
     for name, x in (("x" if k is None else "q", q), ("k", k)):
         if x is not None and x.is_leaf and x.requires_grad:
             raise ArgumentError(operation, name, "is a leaf that requires a gradient; it cannot be written in place")
+    if k is not None:  # autograd lets one function write into one view only: a launch each, so both are judged first
+        described(Inputs(*inputs), offset, Options(*options), impl, operation, inplace=True)
+        check_writable(inputs, options[0], operation)
     return tuple(None if x is None else _write(x, rest) for x in (q, k))  # type: ignore[return-value]
 
 
 def _write(x: torch.Tensor, rest: tuple[Any, ...]) -> torch.Tensor:
     """Rotate into ``x``, recording it.
 
-    Autograd allows a function to write into one view only, and judges some views after the fact; those are written by
-    ``copy_``, which it knows how to refuse before anything is lost.
+    Autograd judges some views only after the fact; those are written by ``copy_``, which it knows how to refuse before
+    anything is lost.
     """
     if not x._is_view():
         return _rotation_inplace(x, rest)  # type: ignore[no-any-return]
@@ -337,12 +348,13 @@ def _run_registered(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Through the registered operators: under torch.compile and wherever somebody watches the dispatcher."""
     q, k, cos, sin = inputs[:4]
-    for field, value in zip(Inputs._fields, inputs, strict=True):
-        if value is not None and not isinstance(value, torch.Tensor):
-            raise DTypeError(operation, field, f"got {type(value).__name__}; expected a tensor")
+    _check_given(operation, inputs)
     needs_grad = torch.is_grad_enabled() and (q.requires_grad or (k is not None and k.requires_grad))
     if torch.is_grad_enabled() and (cos.requires_grad or (sin is not None and sin.requires_grad)):
         _refuse_table_gradients(operation, cos, sin)
+    if not torch.compiler.is_compiling() or (inplace and needs_grad):
+        # The operator would judge the same, but by its own name, and q and k one after the other.
+        describe(Inputs(*inputs), offset, Options(*options), operation)
     rest = tail(inputs, offset, options, impl)
     if not inplace:
         if k is None:
@@ -447,7 +459,8 @@ def _describe(function: Callable[..., Any]) -> Callable[..., Described]:
         cos, sin = (_flat(given["angles"]), None) if "angles" in given else (given["cos"], given["sin"])
         q, k = (given["x"], None) if "x" in given else (given["q"], given["k"])
         inputs = Inputs(q, k, cos, sin, given["position_ids"], starts, given["cu_seqlens"])
-        options = Options(**{field: given[field] for field in Options._fields if field in given})
+        _check_given(name, inputs)
+        options = Options(**{field: _hashable(given[field]) for field in Options._fields if field in given})
         return described(inputs, offset, options, given["impl"], name, inplace=given["inplace"])
 
     return describe

@@ -26,6 +26,8 @@ MAX_HEAD_DIM = 512
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 INDEX_DTYPES = (torch.int32, torch.int64)
 NUMERICS = ("exact", "hf")
+_FLAGS = frozenset({"interleaved", "mrope_interleaved", "inverse", "transpose"})
+_TEXTS = frozenset({"layout", "numerics"})
 
 
 class Axes(NamedTuple):
@@ -125,7 +127,7 @@ def describe(inputs: Inputs, offset: int, options: Options, operation: str = "ro
         DTypeError: a dtype that is not accepted.
     """
     q, k, cos = inputs.q, inputs.k, inputs.cos
-    name = "x" if k is None else "q"
+    name = argument("q", inputs, operation)
     axes = _check_options(options, operation)
     _check_tensor(q, name, axes, operation)
     batch = 1 if axes.batch is None else q.shape[axes.batch]
@@ -160,6 +162,7 @@ def describe(inputs: Inputs, offset: int, options: Options, operation: str = "ro
 
 
 def _check_options(options: Options, operation: str) -> Axes:
+    _check_types(options, operation)
     if options.layout not in LAYOUTS:
         known = ", ".join(LAYOUTS)
         raise ArgumentError(operation, "layout", f"got {options.layout!r}; expected one of {known}")
@@ -177,6 +180,37 @@ def _check_options(options: Options, operation: str) -> Axes:
     if section is None and options.mrope_interleaved:
         raise ArgumentError(operation, "mrope_interleaved", "has no meaning without mrope_section")
     return LAYOUTS[options.layout]
+
+
+def _check_types(options: Options, operation: str) -> None:
+    """A flag must be a flag and a number a number: plans compare options by value, and 16.0 == 16."""
+    for name, value in zip(Options._fields, options, strict=True):
+        if name in _FLAGS:
+            fits, expected = isinstance(value, bool), "True or False"
+        elif name in _TEXTS:
+            fits, expected = isinstance(value, str), "a string"
+        elif name == "rotary_dim":
+            fits, expected = value is None or _is_int(value), "an int"
+        elif name == "rotary_offset":
+            fits, expected = _is_int(value), "an int"
+        else:
+            fits = value is None or (isinstance(value, tuple) and all(map(_is_int, value)))
+            expected = "ints"
+        if not fits:
+            raise DTypeError(operation, name, f"got {value!r}; expected {expected}")
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int | torch.SymInt) and not isinstance(value, bool)
+
+
+def argument(field: str, inputs: Sequence[object], operation: str) -> str:
+    """What the caller calls a field of :class:`Inputs`."""
+    if field == "q" and operation != "rope_qk" and inputs[1] is None:
+        return "x"
+    if field == "cos" and operation != "rope_qk" and inputs[3] is None:
+        return "angles"
+    return field
 
 
 def _check_tensor(x: torch.Tensor, name: str, axes: Axes, operation: str) -> None:
@@ -206,10 +240,13 @@ def _check_second(q: torch.Tensor, k: torch.Tensor, axes: Axes, operation: str) 
 
 def _check_devices(inputs: Inputs, name: str, operation: str) -> None:
     for field, tensor in zip(inputs._fields, inputs, strict=True):
-        if tensor is not None and tensor.device != inputs.q.device:
-            raise ArgumentError(
-                operation, field, f"lies on {tensor.device}, '{name}' on {inputs.q.device}; move it there"
-            )
+        if tensor is None:
+            continue
+        if tensor.device != inputs.q.device:
+            where = f"lies on {tensor.device}, '{name}' on {inputs.q.device}; move it there"
+            raise ArgumentError(operation, argument(field, inputs, operation), where)
+        if tensor.layout != torch.strided:
+            raise ArgumentError(operation, argument(field, inputs, operation), f"is {tensor.layout}; expected strided")
 
 
 def _check_tables(inputs: Inputs, options: Options, head_dim: int, operation: str) -> tuple[int, bool]:
@@ -266,7 +303,7 @@ def _check_positions(
     for other, given in (
         ("offsets", inputs.offsets is not None or offset != 0),
         ("cu_seqlens", inputs.cu_seqlens is not None),
-        ("context_parallel", options.context_parallel is not None),
+        ("context_parallel", options.parallel_size > 1),
     ):
         if given:
             raise ArgumentError(operation, "position_ids", f"already says every position; leave out '{other}'")
@@ -380,17 +417,28 @@ def _sequence_lengths(call: RopeCall, cu_seqlens: torch.Tensor, operation: str) 
 def check_inplace(inputs: Inputs, operation: str) -> None:
     """Refuse to write into a tensor whose elements share memory."""
     for name, x in _written(inputs):
-        if any(stride == 0 and size > 1 for stride, size in zip(x.stride(), x.shape, strict=True)):
-            raise ArgumentError(operation, name, "is expanded; with inplace=True every element needs its own memory")
+        span = 1
+        for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
+            if size > 1 and stride < span:
+                raise ArgumentError(
+                    operation, name, "has elements that share memory; with inplace=True each needs its own: clone it"
+                )
+            span += stride * max(0, size - 1)
 
 
-def check_writable(inputs: Sequence[torch.Tensor | None], operation: str) -> None:
-    """Refuse to write into an inference tensor where torch would refuse it, but only after the fact."""
-    if torch.is_inference_mode_enabled():
+def check_writable(inputs: Sequence[torch.Tensor | None], layout: str, operation: str) -> None:
+    """Refuse what torch would refuse only after the fact, and to rotate the same heads twice."""
+    if not torch.is_inference_mode_enabled():
+        for name, x in _written(inputs):
+            if x.is_inference():
+                raise ArgumentError(operation, name, "is an inference tensor, which only inference mode may write to")
+    q, k = inputs[0], inputs[1]
+    if q is None or k is None or q.stride() != k.stride() or layout not in LAYOUTS or not q.numel() or not k.numel():
         return
-    for name, x in _written(inputs):
-        if x.is_inference():
-            raise ArgumentError(operation, name, "is an inference tensor, which only inference mode may write to")
+    head = LAYOUTS[layout].head
+    first, rest = divmod(k.data_ptr() - q.data_ptr(), max(1, q.stride(head)) * q.element_size())
+    if rest == 0 and -k.shape[head] < first < q.shape[head]:
+        raise ArgumentError(operation, "k", "shares heads with q; with inplace=True each needs its own: clone one")
 
 
 def _written(inputs: Sequence[torch.Tensor | None]) -> list[tuple[str, torch.Tensor]]:

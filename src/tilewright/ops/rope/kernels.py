@@ -113,6 +113,8 @@ def _rotation(
     else:
         column_1 = pair
         column_2 = pair + N_PAIRS
+    column_1 = column_1.to(tl.int64)
+    column_2 = column_2.to(tl.int64)
     row = position * stride_table_position
     cos_1, sin_1 = _cos_sin(cos_ptr, sin_ptr, row + column_1 * stride_table_dim, valid, X_DTYPE, COMPUTE, ROUND_TABLE)
     cos_2 = cos_1
@@ -150,6 +152,7 @@ def _copy(
 @triton.jit(
     do_not_specialize=[
         "offset", "seqlen", "n_q_heads", "n_k_heads", "n_positions", "n_sequences", "search_steps", "cp_rank",
+        "stride_q_dim", "stride_k_dim", "stride_q_out_dim", "stride_k_out_dim",
     ]
 )  # fmt: skip
 def rope_kernel(
@@ -161,12 +164,11 @@ def rope_kernel(
     stride_table_position, stride_table_dim,
     stride_position_row, stride_position_batch, stride_position_token, stride_offset, stride_cu,
     seqlen, n_q_heads, n_k_heads, n_positions, n_sequences, search_steps, cp_rank,
-    STRIDE_Q_DIM: tl.constexpr, STRIDE_K_DIM: tl.constexpr,
-    STRIDE_Q_OUT_DIM: tl.constexpr, STRIDE_K_OUT_DIM: tl.constexpr,
-    HEAD_DIM: tl.constexpr, N_PAIRS: tl.constexpr, ROTARY_OFFSET: tl.constexpr, INTERLEAVED: tl.constexpr,
-    FULL_TABLE: tl.constexpr, ROUND_TABLE: tl.constexpr, INVERSE: tl.constexpr, TRANSPOSE: tl.constexpr,
-    CP_SIZE: tl.constexpr, MROPE: tl.constexpr, MROPE_INTERLEAVED: tl.constexpr, COPY_REST: tl.constexpr,
-    COMPUTE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr,
+    stride_q_dim, stride_k_dim, stride_q_out_dim, stride_k_out_dim,
+    UNIT_DIM: tl.constexpr, HEAD_DIM: tl.constexpr, N_PAIRS: tl.constexpr, ROTARY_OFFSET: tl.constexpr,
+    INTERLEAVED: tl.constexpr, FULL_TABLE: tl.constexpr, ROUND_TABLE: tl.constexpr, INVERSE: tl.constexpr,
+    TRANSPOSE: tl.constexpr, CP_SIZE: tl.constexpr, MROPE: tl.constexpr, MROPE_INTERLEAVED: tl.constexpr,
+    COPY_REST: tl.constexpr, COMPUTE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     """Rotate one tile. The grid is one axis over (batch, tile of tokens, tile of q's heads then k's), heads fastest."""
     n_q_tiles = tl.cdiv(n_q_heads, BLOCK_H)
@@ -188,15 +190,18 @@ def rope_kernel(
     stride_y_batch = stride_q_out_batch
     stride_y_token = stride_q_out_token
     stride_y_head = stride_q_out_head
-    stride_x_dim = STRIDE_Q_DIM
-    stride_y_dim = STRIDE_Q_OUT_DIM
+    if UNIT_DIM:
+        stride_x_dim: tl.constexpr = 1
+        stride_y_dim: tl.constexpr = 1
+    else:
+        stride_x_dim = stride_q_dim.to(tl.int64)
+        stride_y_dim = stride_q_out_dim.to(tl.int64)
+        if k_ptr is not None:
+            stride_x_dim = tl.where(tile < n_q_tiles, stride_x_dim, stride_k_dim.to(tl.int64))
+            stride_y_dim = tl.where(tile < n_q_tiles, stride_y_dim, stride_k_out_dim.to(tl.int64))
     n_heads = n_q_heads
     first_head = tile * BLOCK_H
-    if k_ptr is not None:
-        if STRIDE_Q_DIM != STRIDE_K_DIM:
-            stride_x_dim = tl.where(tile < n_q_tiles, STRIDE_Q_DIM, STRIDE_K_DIM)
-        if STRIDE_Q_OUT_DIM != STRIDE_K_OUT_DIM:
-            stride_y_dim = tl.where(tile < n_q_tiles, STRIDE_Q_OUT_DIM, STRIDE_K_OUT_DIM)
+    if k_ptr is not None:  # noqa: SIM102 - the first is settled when compiling, the second when running
         if tile >= n_q_tiles:
             x_ptr = k_ptr
             y_ptr = k_out_ptr
@@ -282,6 +287,7 @@ def plan(call: RopeCall, inputs: Inputs, outputs: Outputs) -> Runner:
     x_strides = [
         stride for tensor in (q, k, *outputs) for stride in ((0, 0, 0) if tensor is None else _strides(tensor, axes))
     ]
+    dim_strides = [1 if tensor is None else tensor.stride(-1) for tensor in (q, k, *outputs)]
     cp_rank, cp_size = call.options.context_parallel or (0, 1)
     tail = (
         *x_strides,
@@ -296,7 +302,8 @@ def plan(call: RopeCall, inputs: Inputs, outputs: Outputs) -> Runner:
         call.n_sequences,
         call.n_sequences.bit_length(),
         cp_rank,
-        *(1 if tensor is None else tensor.stride(-1) for tensor in (q, k, *outputs)),
+        *dim_strides,
+        all(stride == 1 for stride in dim_strides),
         call.head_dim,
         call.n_pairs,
         call.options.rotary_offset,

@@ -117,12 +117,19 @@ def rotate(
     q: Any = inputs[0]
     k = inputs[1]
     if inplace:
-        check_writable(inputs, operation)
+        check_writable(inputs, options[0], operation)
         outputs: Outputs = (q, k)
     else:
         outputs = (_empty(q, strides[0]), None if k is None else _empty(k, strides[1]))
-    key = (options, impl, inplace, strides, metadata(inputs))
-    plan = _PLANS.get(key)
+    try:
+        key = (options, impl, inplace, strides, metadata(inputs))
+        plan = _PLANS.get(key)
+    except (
+        TypeError,
+        RuntimeError,
+    ):  # no valid option is unhashable, no valid tensor without memory: here is the error
+        describe(Inputs._make(inputs), offset, Options._make(options), operation)
+        raise
     if plan is None:
         made = _make_plan(Inputs._make(inputs), offset, Options._make(options), impl, outputs, operation)
         plan = _PLANS.put(key, made)
@@ -253,6 +260,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.save_for_backward(*rest[:5])
     ctx.rest = rest[5:]
     ctx.n_inputs = len(inputs)
+    for name, table in (("cos", rest[0]), ("sin", rest[1])):
+        if table is not None and table.requires_grad:
+            raise ArgumentError("rope", name, "requires a gradient, but tables are constants; detach it")
     outputs = (output,) if isinstance(output, torch.Tensor) else output
     ctx.strides = tuple(tuple(y.stride()) for y in outputs)
 

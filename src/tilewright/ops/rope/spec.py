@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 
     from tilewright.ops.contract import Direction
 
-if TYPE_CHECKING:
     _Build = Callable[[torch.device], Arguments]
 
 _MAIN = (torch.float32, torch.bfloat16)
@@ -268,8 +267,12 @@ def _invalid() -> tuple[InvalidCase, ...]:
             valid = replace(RopeCase("", function, kv_heads=2), **(case or {}))
             args, kwargs = valid.arguments(device, torch.float32)
             given = {name: value(device) if callable(value) else value for name, value in changes.items()}
-            names = ("q", "k", "cos", "sin") if function == "rope_qk" else ("x", "cos", "sin")
-            args = tuple(given.pop(name, value) for name, value in zip(names, args, strict=True))
+            names = {
+                "rope": ("x", "cos", "sin"),
+                "rope_qk": ("q", "k", "cos", "sin"),
+                "rope_from_angles": ("x", "angles"),
+            }
+            args = tuple(given.pop(name, value) for name, value in zip(names[function], args, strict=True))
             return Arguments(args, kwargs | given)
 
         return build
@@ -282,6 +285,16 @@ def _invalid() -> tuple[InvalidCase, ...]:
 
     def elsewhere(device: torch.device) -> torch.Tensor:
         return torch.ones(64, 8, device="meta")
+
+    def overlapping(device: torch.device) -> torch.Tensor:
+        return torch.ones(600, device=device).as_strided((2, 6, 3, 16), (288, 48, 8, 1))
+
+    def recorded(heads: int) -> Callable[[torch.device], torch.Tensor]:
+        """What autograd records, and no leaf."""
+        return lambda device: torch.ones(2, 6, heads, 16, device=device, requires_grad=True) * 1
+
+    def short_k(device: torch.device) -> torch.Tensor:
+        return torch.ones(2, 5, 2, 16, device=device, requires_grad=True) * 1
 
     packed = {"layout": "thd"}
     short = {"positions_in_table": 8}
@@ -336,6 +349,32 @@ def _invalid() -> tuple[InvalidCase, ...]:
             "mrope_section",
         ),
         InvalidCase("mrope-flag", "rope", call(mrope_interleaved=True), ArgumentError, "mrope_interleaved"),
+        InvalidCase("rotary_dim-float", "rope", call(rotary_dim=16.0), DTypeError, "rotary_dim"),
+        InvalidCase("rotary_offset-float", "rope", call(rotary_offset=0.0), DTypeError, "rotary_offset"),
+        InvalidCase("interleaved-string", "rope", call(interleaved="False"), DTypeError, "interleaved"),
+        InvalidCase("layout-list", "rope", call(layout=["bshd"]), DTypeError, "layout"),
+        InvalidCase("parallel-int", "rope", call(context_parallel=5), DTypeError, "context_parallel"),
+        InvalidCase("section-floats", "rope", call(mrope_section=(4.0, 2.0, 2.0)), DTypeError, "mrope_section"),
+        InvalidCase("offsets-float", "rope", call(offsets=1.5), DTypeError, "offsets"),
+        InvalidCase("no-x", "rope", call(x=None), DTypeError, "x"),
+        InvalidCase("no-sin", "rope", call(sin=None), DTypeError, "sin"),
+        InvalidCase("no-k", "rope_qk", call("rope_qk", k=None), DTypeError, "k"),
+        InvalidCase(
+            "sparse-x", "rope", call(x=lambda d: torch.ones(2, 6, 3, 16, device=d).to_sparse()), ArgumentError, "x"
+        ),
+        InvalidCase(
+            "sparse-cos", "rope", call(cos=lambda d: torch.ones(64, 8, device=d).to_sparse()), ArgumentError, "cos"
+        ),
+        InvalidCase(
+            "angles-rank", "rope_from_angles", call("rope_from_angles", angles=tensor(64)), ArgumentError, "angles"
+        ),
+        InvalidCase(
+            "angles-short", "rope_from_angles", call("rope_from_angles", angles=tensor(5, 8)), ArgumentError, "angles"
+        ),
+        InvalidCase("inplace-overlap", "rope", call(x=overlapping, inplace=True), ArgumentError, "x"),
+        InvalidCase(
+            "inplace-gradient-k", "rope_qk", call("rope_qk", q=recorded(3), k=short_k, inplace=True), ArgumentError, "k"
+        ),
         InvalidCase("inplace-expanded", "rope", call(case={"strides": "expanded"}, inplace=True), ArgumentError, "x"),
     )
 
@@ -441,7 +480,6 @@ def _workloads() -> tuple[RopeWorkload, ...]:
     return (*sequence, *batch, *hidden, *heads, *decode, *grouped, *interleaved)
 
 
-INVALID_VALUES = _invalid_values()
 FAMILY = Family(
     name="rope",
     summary="rotary position embedding, forward and backward",
@@ -450,6 +488,6 @@ FAMILY = Family(
     dtypes=DTYPES,
     layouts=tuple(LAYOUTS),
     cases=_grid(),
-    invalid_cases=(*_invalid(), *INVALID_VALUES),
+    invalid_cases=(*_invalid(), *_invalid_values()),
     workloads=_workloads(),
 )

@@ -80,17 +80,16 @@ def rope_table(
         >>> cos.shape
         torch.Size([4096, 32])
     """
-    if head_dim < 2 or head_dim % 2:
+    if not isinstance(head_dim, int) or head_dim < 2 or head_dim % 2:
         raise ArgumentError("rope_table", "head_dim", f"got {head_dim}; expected an even number of at least 2")
     if not base > 0 or not math.isfinite(base):
         raise ArgumentError("rope_table", "base", f"got {base}; expected a positive number")
     if not dtype.is_floating_point:
         raise DTypeError("rope_table", "dtype", f"got {dtype}; expected a floating-point dtype")
     position = _positions(positions, device)
-    length = int(position.max()) + 1 if position.numel() else 0
     if scaling is not None and not isinstance(scaling, Mapping):
         raise ArgumentError("rope_table", "scaling", f"got {scaling!r}; expected a mapping with 'rope_type'")
-    inverse_frequency, factor = _scaled(head_dim, base, dict(scaling or {}), length)
+    inverse_frequency, factor = _scaled(head_dim, base, dict(scaling or {}), positions)
     angle = position.double()[:, None] * torch.tensor(inverse_frequency, dtype=torch.float64, device=position.device)
     return RopeTable((torch.cos(angle) * factor).to(dtype), (torch.sin(angle) * factor).to(dtype))
 
@@ -111,6 +110,10 @@ def _positions(positions: int | torch.Tensor, device: torch.device | str | None)
 
 def _inverse_frequencies(head_dim: int, base: float) -> list[float]:
     return [base ** (-2.0 * i / head_dim) for i in range(head_dim // 2)]
+
+
+# What configurations keep beside a scaling's own entries.
+_NOT_SCALING = ("rope_theta", "partial_rotary_factor", "max_position_embeddings", "mrope_section", "mrope_interleaved")
 
 
 def _is_number(value: Any) -> bool:
@@ -168,38 +171,48 @@ class _Entries:
             raise self.error(f"does not know {', '.join(map(repr, self._left))}")
 
 
-def _scaled(head_dim: int, base: float, scaling: dict[str, Any], length: int) -> tuple[list[float], float]:
+def _scaled(
+    head_dim: int, base: float, scaling: dict[str, Any], positions: int | torch.Tensor
+) -> tuple[list[float], float]:
     """Inverse frequencies and the factor of the table."""
     rope_type = scaling.pop("rope_type", scaling.pop("type", "default"))
-    scaling.pop("rope_theta", None)
-    if rope_type not in _SCALINGS:
+    for name in _NOT_SCALING:
+        scaling.pop(name, None)
+    if not isinstance(rope_type, str) or rope_type not in _SCALINGS:
         known = ", ".join(_SCALINGS)
         raise ArgumentError("rope_table", "scaling", f"got rope_type {rope_type!r}; expected one of {known}")
     entries = _Entries(scaling, rope_type)
-    scaled = _SCALINGS[rope_type](head_dim, base, entries, length)
+    scaled = _SCALINGS[rope_type](head_dim, base, entries, positions)
     entries.finish()
     return scaled
 
 
-def _default(head_dim: int, base: float, entries: _Entries, length: int) -> tuple[list[float], float]:
+def _length(positions: int | torch.Tensor) -> int:
+    """How long a sequence the positions make; of a tensor this reads the values."""
+    if isinstance(positions, int):
+        return positions
+    return int(positions.max()) + 1 if positions.numel() else 0
+
+
+def _default(head_dim: int, base: float, entries: _Entries, positions: int | torch.Tensor) -> tuple[list[float], float]:
     return _inverse_frequencies(head_dim, base), 1.0
 
 
-def _linear(head_dim: int, base: float, entries: _Entries, length: int) -> tuple[list[float], float]:
+def _linear(head_dim: int, base: float, entries: _Entries, positions: int | torch.Tensor) -> tuple[list[float], float]:
     factor = entries.number("factor", least=1.0)
     return [f / factor for f in _inverse_frequencies(head_dim, base)], 1.0
 
 
-def _dynamic(head_dim: int, base: float, entries: _Entries, length: int) -> tuple[list[float], float]:
+def _dynamic(head_dim: int, base: float, entries: _Entries, positions: int | torch.Tensor) -> tuple[list[float], float]:
     factor = entries.number("factor", least=1.0)
     original = entries.number("original_max_position_embeddings", least=1)
-    seq_len = max(entries.number("seq_len", length), original)
+    seq_len = max(entries.optional("seq_len") or _length(positions), original)
     if head_dim > 2:
         base *= (factor * seq_len / original - (factor - 1)) ** (head_dim / (head_dim - 2))
     return _inverse_frequencies(head_dim, base), 1.0
 
 
-def _yarn(head_dim: int, base: float, entries: _Entries, length: int) -> tuple[list[float], float]:
+def _yarn(head_dim: int, base: float, entries: _Entries, positions: int | torch.Tensor) -> tuple[list[float], float]:
     factor = entries.number("factor", least=1.0)
     original = entries.number("original_max_position_embeddings", least=1)
     beta_fast, beta_slow = entries.number("beta_fast", 32.0, above=0), entries.number("beta_slow", 1.0, above=0)
@@ -235,7 +248,7 @@ def _yarn(head_dim: int, base: float, entries: _Entries, length: int) -> tuple[l
     return frequencies, attention_factor
 
 
-def _llama3(head_dim: int, base: float, entries: _Entries, length: int) -> tuple[list[float], float]:
+def _llama3(head_dim: int, base: float, entries: _Entries, positions: int | torch.Tensor) -> tuple[list[float], float]:
     factor = entries.number("factor", least=1.0)
     low, high = entries.number("low_freq_factor"), entries.number("high_freq_factor")
     original = entries.number("original_max_position_embeddings", least=1)
@@ -249,10 +262,12 @@ def _llama3(head_dim: int, base: float, entries: _Entries, length: int) -> tuple
     return frequencies, 1.0
 
 
-def _longrope(head_dim: int, base: float, entries: _Entries, length: int) -> tuple[list[float], float]:
+def _longrope(
+    head_dim: int, base: float, entries: _Entries, positions: int | torch.Tensor
+) -> tuple[list[float], float]:
     original = entries.number("original_max_position_embeddings", above=1)
     short, long = entries.factors("short_factor", head_dim // 2), entries.factors("long_factor", head_dim // 2)
-    is_long = entries.number("seq_len", length) > original
+    is_long = (entries.optional("seq_len") or _length(positions)) > original
     factor, attention_factor = entries.optional("factor"), entries.optional("attention_factor")
     own = {"short_mscale": entries.optional("short_mscale"), "long_mscale": entries.optional("long_mscale")}
     chosen = own["long_mscale" if is_long else "short_mscale"]
@@ -266,7 +281,7 @@ def _longrope(head_dim: int, base: float, entries: _Entries, length: int) -> tup
     return [frequency / each for frequency, each in pairs], attention_factor
 
 
-_SCALINGS: dict[str, Callable[[int, float, _Entries, int], tuple[list[float], float]]] = {
+_SCALINGS: dict[str, Callable[[int, float, _Entries, int | torch.Tensor], tuple[list[float], float]]] = {
     "default": _default,
     "linear": _linear,
     "dynamic": _dynamic,
