@@ -58,8 +58,11 @@ class BoundKernel:
             with _current(self._device):
                 self(tensors, *scalars)
             return
-        enter, leave = hooks.launch_enter_hook, hooks.launch_exit_hook
-        if getattr(enter, "calls", enter) or getattr(leave, "calls", leave):  # a profiler wants to know of each launch
+        try:
+            watched = hooks.launch_enter_hook.calls or hooks.launch_exit_hook.calls
+        except AttributeError:  # a hook that is set, or unset, without a chain of them
+            watched = hooks.launch_enter_hook or hooks.launch_exit_hook
+        if watched:  # a profiler wants to know of each launch
             compiled[(self._grid, 1, 1)](*tensors, *scalars, *self._tail)
             return
         pointers = [None if tensor is None else tensor.data_ptr() for tensor in tensors]

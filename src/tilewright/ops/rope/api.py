@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 _MAX_OFFSET = 2**31
 _BY_ANGLES = "rope_from_angles"
+_BOTH = "rope_qk"
 Layout = Literal["bshd", "sbhd", "bhsd", "thd"]
 Numerics = Literal["exact", "hf"]
 
@@ -115,8 +116,10 @@ def rope(
     offset, starts = (0, None) if offsets is None else _split("rope", offsets)
     inputs = (x, None, cos, sin, position_ids, starts, cu_seqlens)
     options = (
-        layout, interleaved, rotary_dim, rotary_offset, _hashable(context_parallel),
-        _hashable(mrope_section), mrope_interleaved, inverse, False, numerics,
+        layout, interleaved, rotary_dim, rotary_offset,
+        context_parallel if context_parallel is None else _hashable(context_parallel),
+        mrope_section if mrope_section is None else _hashable(mrope_section),
+        mrope_interleaved, inverse, False, numerics,
     )  # fmt: skip
     return _run("rope", inputs, offset, options, impl, inplace)[0]
 
@@ -182,8 +185,10 @@ def rope_qk(
     offset, starts = (0, None) if offsets is None else _split("rope_qk", offsets)
     inputs = (q, k, cos, sin, position_ids, starts, cu_seqlens)
     options = (
-        layout, interleaved, rotary_dim, rotary_offset, _hashable(context_parallel),
-        _hashable(mrope_section), mrope_interleaved, inverse, False, numerics,
+        layout, interleaved, rotary_dim, rotary_offset,
+        context_parallel if context_parallel is None else _hashable(context_parallel),
+        mrope_section if mrope_section is None else _hashable(mrope_section),
+        mrope_interleaved, inverse, False, numerics,
     )  # fmt: skip
     q_out, k_out = _run("rope_qk", inputs, offset, options, impl, inplace)
     assert k_out is not None
@@ -250,8 +255,10 @@ def rope_from_angles(
     offset, starts = (0, None) if offsets is None else _split("rope_from_angles", offsets)
     inputs = (x, None, _flat(angles), None, position_ids, starts, cu_seqlens)
     options = (
-        layout, interleaved, rotary_dim, rotary_offset, _hashable(context_parallel),
-        _hashable(mrope_section), mrope_interleaved, inverse, False, numerics,
+        layout, interleaved, rotary_dim, rotary_offset,
+        context_parallel if context_parallel is None else _hashable(context_parallel),
+        mrope_section if mrope_section is None else _hashable(mrope_section),
+        mrope_interleaved, inverse, False, numerics,
     )  # fmt: skip
     return _run("rope_from_angles", inputs, offset, options, impl, inplace)[0]
 
@@ -302,8 +309,8 @@ def _run(
     impl: str | None,
     inplace: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    q, k, cos, sin = inputs[:4]
-    if q is None or cos is None or (k is None and operation == "rope_qk") or (sin is None and operation != _BY_ANGLES):
+    q, k, cos, sin, *_ = inputs
+    if q is None or cos is None or (sin is None and operation != _BY_ANGLES) or (k is None and operation == _BOTH):
         _check_given(operation, inputs)
     if impl is None:
         impl = override()  # asked here and nowhere later: a backward runs when and where it will

@@ -98,7 +98,7 @@ def rotate(
     impl: str | None,
     *,
     inplace: bool = False,
-    strides: tuple[Strides, Strides] = (None, None),
+    strides: tuple[Strides, Strides] | None = None,
     operation: str = "rope",
 ) -> Outputs:
     """Rotate by the implementation that selection names; everything that real tensors go through.
@@ -119,6 +119,8 @@ def rotate(
     if inplace:
         check_writable(inputs, options[0], operation)
         outputs: Outputs = (q, k)
+    elif strides is None:
+        outputs = (torch.empty_like(q), None if k is None else torch.empty_like(k))
     else:
         outputs = (_empty(q, strides[0]), None if k is None else _empty(k, strides[1]))
     try:
