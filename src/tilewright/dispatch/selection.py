@@ -139,8 +139,7 @@ class Operation:
 
     def explain(self, *args: Any, **kwargs: Any) -> Explanation:
         """Explain the choice for this call, without making it."""
-        explanation, _ = decide(self.name, self.implementations, asked_for(self.describe(*args, **kwargs)))
-        return explanation
+        return decide(self.name, self.implementations, asked_for(self.describe(*args, **kwargs))).explanation
 
 
 def asked_for(described: Described) -> Described:
@@ -157,14 +156,25 @@ def select(name: str, implementations: Sequence[Implementation], described: Desc
         UnknownNameError: no implementation has the name that was asked for.
         ImplementationError: the one that was asked for cannot serve the call, or none can.
     """
-    explanation, planner = decide(name, implementations, described)
+    decision = decide(name, implementations, described)
+    explanation = decision.explanation
     if explanation.chosen is None:
         raise ImplementationError(f"{name}: {explanation.reason}\n{explanation}")
-    return planner
+    for implementation, failure in decision.failed:
+        implementation.warn_of_failure(name, failure, explanation.chosen)
+    return decision.planner
 
 
-def decide(name: str, implementations: Sequence[Implementation], described: Described) -> tuple[Explanation, Any]:
-    """Choose, and say why; with the chosen one's planner, or None if the call must raise."""
+class Decision(NamedTuple):
+    """An explanation, the chosen one's planner (None if the call must raise), and what could not be loaded, and why."""
+
+    explanation: Explanation
+    planner: Any
+    failed: list[tuple[Implementation, str]]
+
+
+def decide(name: str, implementations: Sequence[Implementation], described: Described) -> Decision:
+    """Choose, and say why."""
     asked, how = described.requested, f" by {described.how}" if described.how else ""
     known = [implementation.name for implementation in implementations]
     if asked is not None and asked not in known:
@@ -194,9 +204,6 @@ def decide(name: str, implementations: Sequence[Implementation], described: Desc
                 failed.append((implementation, failure))
                 reason = failure
         reasons[implementation.name] = reason
-    if chosen is not None:
-        for implementation, failure in failed:
-            implementation.warn_of_failure(name, failure, chosen.name)
     explanation = Explanation(
         operation=name,
         device=str(device),
@@ -207,7 +214,7 @@ def decide(name: str, implementations: Sequence[Implementation], described: Desc
         reason=_summary(chosen, asked, how, reasons),
         candidates=tuple(Candidate(i.name, i is chosen, reasons[i.name]) for i in implementations),
     )
-    return explanation, planner
+    return Decision(explanation, planner, failed)
 
 
 def _summary(chosen: Implementation | None, asked: str | None, how: str, reasons: dict[str, str]) -> str:
