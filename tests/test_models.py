@@ -372,7 +372,7 @@ def test_missing_package_is_named(package, quiet, monkeypatch, tmp_path):
         if name == package:
             raise ImportError(f"No module named '{package}'")
 
-    monkeypatch.setattr("tilewright.models.optional.import_module", without)
+    monkeypatch.setattr("tilewright.optional.import_module", without)
     with pytest.raises(MissingDependencyError, match=rf"{package}: pip install 'tilewright\[cli\]'"):
         demo.run(output=tmp_path / "report.html", quiet=quiet, scale=TINY_SCALE)
     assert not list(tmp_path.iterdir())

@@ -10,7 +10,8 @@ import json
 import sys
 from typing import TYPE_CHECKING, Any
 
-from tilewright.errors import MissingDependencyError, TilewrightError, UnknownNameError
+from tilewright.errors import TilewrightError, UnknownNameError
+from tilewright.optional import require
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -101,13 +102,17 @@ def _list(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps({"device": str(device), "operations": rows}))
         return 0
-    table = _table("family", "operations", "dtypes", "layouts", f"on {device}")
+    require("rich", "tilewright list without --json")
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("family", "operations", "dtypes", "layouts", f"on {device}")
     for family in families():
         mine = [row for row in rows if row["family"] == family.name]
         served = [f"{row['operation']}: {row['here']}" for row in mine]
         cells = ([row["operation"] for row in mine], mine[0]["dtypes"], mine[0]["layouts"], served)
         table.add_row(f"{family.name}\n{family.summary}", *("\n".join(cell) for cell in cells))
-    _console().print(table)
+    Console().print(table)
     return 0
 
 
@@ -189,21 +194,6 @@ def _sample(function: str, workload: str | None, dtype: str | None, device: torc
 
 def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def _console() -> Any:
-    try:
-        from rich.console import Console
-    except Exception as error:
-        raise MissingDependencyError(f"rich cannot be imported ({error}); pip install 'tilewright[cli]'") from error
-    return Console()
-
-
-def _table(*columns: str) -> Any:
-    _console()
-    from rich.table import Table
-
-    return Table(*columns)
 
 
 if __name__ == "__main__":

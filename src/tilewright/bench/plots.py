@@ -6,9 +6,8 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tilewright.bench.environment import explain_failure
 from tilewright.bench.records import read, results
-from tilewright.errors import MissingDependencyError
+from tilewright.optional import require
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -35,12 +34,9 @@ def draw(records: Path | str, folder: Path | str) -> tuple[Path, ...]:
     """
     path, target = Path(records), Path(folder)
     read_records = read(path)
-    try:
-        from matplotlib import rc_context
-    except Exception as error:
-        raise MissingDependencyError(
-            f"plots need the package 'matplotlib': pip install 'tilewright[cli]' ({explain_failure(error)})"
-        ) from error
+    require("matplotlib", "the plots of tilewright bench")
+    from matplotlib import rc_context
+
     run, measured = read_records[0], results(read_records)
     target.mkdir(parents=True, exist_ok=True)
     files = []

@@ -26,6 +26,7 @@ from tilewright.errors import (
     UnknownNameError,
 )
 from tilewright.ops.contract import Direction
+from tilewright.optional import require
 from tilewright.platforms import usable_device
 
 if TYPE_CHECKING:
@@ -433,13 +434,9 @@ def _draw(path: Path) -> tuple[tuple[Path, ...], str]:
 
 
 def _console() -> Console:
-    try:
-        from rich.console import Console
-    except Exception as error:
-        raise MissingDependencyError(
-            "bench: progress and tables need the package 'rich': pip install 'tilewright[cli]', or measure with "
-            f"quiet=True ({environment.explain_failure(error)})"
-        ) from error
+    require("rich.console", "tilewright bench (unless quiet)")
+    from rich.console import Console
+
     return Console()
 
 

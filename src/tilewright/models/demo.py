@@ -21,12 +21,12 @@ import torch
 from tilewright.errors import ArgumentError
 from tilewright.models import report
 from tilewright.models.decoder import DecoderConfig, generate
-from tilewright.models.optional import require
 from tilewright.models.parts import Parts
 from tilewright.models.result import DemoResult, Measured
 from tilewright.models.text import decode, encode, load_corpus
 from tilewright.models.training import Recipe, computing_in, train, validation_loss
 from tilewright.numerics import compare_curves, curve_budget
+from tilewright.optional import require
 from tilewright.platforms import amd, cpu, facts, nvidia, usable_device
 
 if TYPE_CHECKING:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 from tilewright.errors import ArgumentError
 from tilewright.models import figures
-from tilewright.models.optional import require
 from tilewright.models.result import TABLE_HEADS, table_rows
+from tilewright.optional import require
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence

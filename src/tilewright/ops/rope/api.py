@@ -11,8 +11,8 @@ from tilewright.dispatch import Operation
 from tilewright.dispatch.eager import record, unobserved
 from tilewright.dispatch.selection import override
 from tilewright.errors import ArgumentError, DTypeError
-from tilewright.ops.rope.call import Inputs, Options, check_writable, describe
-from tilewright.ops.rope.op import IMPLEMENTATIONS, described, rotate, tail
+from tilewright.ops.rope.call import Inputs, Options, argument, check_writable, describe, refuse_table_gradients
+from tilewright.ops.rope.op import IMPLEMENTATIONS, described, rotate, run_registered, tail
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -265,17 +265,12 @@ def rope_from_angles(
 
 def _check_given(operation: str, inputs: tuple[Any, ...]) -> None:
     """Refuse what is no tensor, and None where the function needs one: within this family None means there is none."""
-    needed = {"q", "cos", *({"k"} if operation == "rope_qk" else ()), *({"sin"} if operation != _BY_ANGLES else ())}
+    needed = {"q", "cos", *({"k"} if operation == _BOTH else ()), *({"sin"} if operation != _BY_ANGLES else ())}
     for field, value in zip(Inputs._fields, inputs, strict=True):
         if (value is None and field in needed) or (value is not None and not isinstance(value, torch.Tensor)):
-            name = "x" if field == "q" and operation != "rope_qk" else field
-            name = "angles" if field == "cos" and operation == _BY_ANGLES else name
-            raise DTypeError(operation, name, f"got {type(value).__name__}; expected a tensor")
-
-
-def _refuse_table_gradients(operation: str, cos: torch.Tensor, sin: torch.Tensor | None) -> None:
-    name = "angles" if sin is None else "cos" if cos.requires_grad else "sin"
-    raise ArgumentError(operation, name, "requires a gradient, but tables are constants; detach it")
+            raise DTypeError(
+                operation, argument(field, inputs, operation), f"got {type(value).__name__}; expected a tensor"
+            )
 
 
 def _hashable(option: Any) -> Any:
@@ -315,12 +310,12 @@ def _run(
     if impl is None:
         impl = override()  # asked here and nowhere later: a backward runs when and where it will
     if not unobserved(inputs):
-        return _run_registered(operation, inputs, offset, options, impl, inplace)
+        return _run_watched(operation, inputs, offset, options, impl, inplace)
     needs_grad = False
     if torch.is_grad_enabled():
         needs_grad = q.requires_grad or (k is not None and k.requires_grad)
         if cos.requires_grad or (sin is not None and sin.requires_grad):
-            _refuse_table_gradients(operation, cos, sin)
+            refuse_table_gradients(inputs, operation)
     if not needs_grad:
         return rotate(inputs, offset, options, impl, inplace=inplace, operation=operation)
     rest = (inputs, offset, options, impl, operation)
@@ -350,27 +345,23 @@ def _write(x: torch.Tensor, rest: tuple[Any, ...]) -> torch.Tensor:
     return x.copy_(_rotation(x, ((x, None, *inputs[2:]), *others)))
 
 
-def _run_registered(
+def _run_watched(
     operation: str, inputs: tuple[Any, ...], offset: int, options: tuple[Any, ...], impl: str | None, inplace: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Through the registered operators: under torch.compile and wherever somebody watches the dispatcher."""
-    q, k, cos, sin = inputs[:4]
+    q, k = inputs[:2]
     _check_given(operation, inputs)
     needs_grad = torch.is_grad_enabled() and (q.requires_grad or (k is not None and k.requires_grad))
-    if torch.is_grad_enabled() and (cos.requires_grad or (sin is not None and sin.requires_grad)):
-        _refuse_table_gradients(operation, cos, sin)
+    if torch.is_grad_enabled():
+        refuse_table_gradients(inputs, operation)
     if not torch.compiler.is_compiling() or (inplace and needs_grad):
         # The operator would judge the same, but by its own name, and q and k one after the other.
         describe(Inputs(*inputs), offset, Options(*options), operation)
-    rest = tail(inputs, offset, options, impl)
     if not inplace:
-        if k is None:
-            return torch.ops.tilewright.rope(q, *rest), None
-        result: tuple[torch.Tensor, torch.Tensor] = torch.ops.tilewright.rope_qk(q, k, *rest)
-        return result
+        return run_registered(inputs, offset, options, impl)
+    rest = tail(inputs, offset, options, impl)
     if needs_grad:  # written back so that autograd sees an in-place operation it knows
-        rotated = torch.ops.tilewright.rope(q, *rest)
-        q = q.copy_(rotated)
+        q = q.copy_(torch.ops.tilewright.rope(q, *rest))
         if k is not None:
             k = k.copy_(torch.ops.tilewright.rope(k, *rest))
     elif k is None:
@@ -438,15 +429,10 @@ def _transposed(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Rotate gradients by the transposed matrices, into the strides of the forward's results."""
     offset, options, impl, operation, *strides = ctx.rest
-    options = Options(*options)
-    options = options._replace(transpose=not options.transpose)
+    options = Options._make(options).transposed()
     inputs = (grad_q, grad_k, *ctx.saved_tensors)
     if torch.is_grad_enabled() or not unobserved(inputs):  # also for gradients of gradients
-        rest = tail(inputs, offset, options, impl)
-        if grad_k is None:
-            return torch.ops.tilewright.rope(grad_q, *rest, strides[0]), None
-        result: tuple[torch.Tensor, torch.Tensor] = torch.ops.tilewright.rope_qk(grad_q, grad_k, *rest, *strides)
-        return result
+        return run_registered(inputs, offset, options, impl, tuple(strides))
     return rotate(inputs, offset, options, impl, strides=tuple(strides), operation=operation)
 
 

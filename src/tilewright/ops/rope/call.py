@@ -77,6 +77,10 @@ class Options(NamedTuple):
         """Over how many ranks each sequence is spread."""
         return 1 if self.context_parallel is None else self.context_parallel[1]
 
+    def transposed(self) -> Options:
+        """The options of the backward."""
+        return self._replace(transpose=not self.transpose)
+
 
 @dataclass(frozen=True)
 class RopeCall:
@@ -206,11 +210,20 @@ def _is_int(value: object) -> bool:
 
 def argument(field: str, inputs: Sequence[object], operation: str) -> str:
     """What the caller calls a field of :class:`Inputs`."""
-    if field == "q" and operation != "rope_qk" and inputs[1] is None:
+    _, k, cos, sin, *_ = inputs
+    if field == "q" and operation != "rope_qk" and k is None:
         return "x"
-    if field == "cos" and operation != "rope_qk" and inputs[3] is None:
+    if field == "cos" and (operation == "rope_from_angles" or (sin is None and cos is not None)):
         return "angles"
     return field
+
+
+def refuse_table_gradients(inputs: Sequence[torch.Tensor | None], operation: str) -> None:
+    """Refuse tables that require a gradient: they are constants, and it would be dropped."""
+    for field, table in (("cos", inputs[2]), ("sin", inputs[3])):
+        if table is not None and table.requires_grad:
+            name = argument(field, inputs, operation)
+            raise ArgumentError(operation, name, "requires a gradient, but tables are constants; detach it")
 
 
 def _check_tensor(x: torch.Tensor, name: str, axes: Axes, operation: str) -> None:
@@ -252,7 +265,7 @@ def _check_devices(inputs: Inputs, name: str, operation: str) -> None:
 def _check_tables(inputs: Inputs, options: Options, head_dim: int, operation: str) -> tuple[int, bool]:
     """How many features are rotated, and whether the table has a column for each of them."""
     cos, sin = inputs.cos, inputs.sin
-    first = "angles" if sin is None else "cos"
+    first = argument("cos", inputs, operation)
     if cos.dim() != 2:
         raise ArgumentError(
             operation, first, f"got shape {tuple(cos.shape)}; expected [positions, rotary_dim / 2] or [.., rotary_dim]"
@@ -353,7 +366,7 @@ def _check_reach(call: RopeCall, inputs: Inputs, offset: int, operation: str) ->
 
 
 def _too_short(call: RopeCall, last: int, operation: str, inputs: Inputs) -> ArgumentError:
-    first = "angles" if inputs.sin is None else "cos"
+    first = argument("cos", inputs, operation)
     return ArgumentError(operation, first, f"has {call.n_positions} positions, but position {last} is used")
 
 

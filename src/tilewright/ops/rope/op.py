@@ -7,14 +7,22 @@ rotation is the same operator with ``transpose`` flipped, so gradients of gradie
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from tilewright.dispatch import Described, Implementation, Supported, select, triton_verdict
 from tilewright.dispatch.eager import PlanCache, metadata
 from tilewright.errors import ArgumentError
-from tilewright.ops.rope.call import Inputs, Options, check_call, check_inplace, check_writable, describe
+from tilewright.ops.rope.call import (
+    Inputs,
+    Options,
+    check_call,
+    check_inplace,
+    check_writable,
+    describe,
+    refuse_table_gradients,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -126,10 +134,8 @@ def rotate(
     try:
         key = (options, impl, inplace, strides, metadata(inputs))
         plan = _PLANS.get(key)
-    except (
-        TypeError,
-        RuntimeError,
-    ):  # no valid option is unhashable, no valid tensor without memory: here is the error
+    except (TypeError, RuntimeError):
+        # No valid option is without a hash, no valid tensor without memory: this says what is wrong.
         describe(Inputs._make(inputs), offset, Options._make(options), operation)
         raise
     if plan is None:
@@ -180,7 +186,6 @@ _LIBRARY.define(
 )
 _LIBRARY.define(f"rope_(Tensor(a!) x, {_TAIL}) -> ()")
 _LIBRARY.define(f"rope_qk_(Tensor(a!) q, Tensor(b!) k, {_TAIL}) -> ()")
-OPERATORS = ("rope", "rope_qk", "rope_", "rope_qk_")
 
 
 def tail(
@@ -190,95 +195,113 @@ def tail(
     return (*inputs[2:], offset, *options, impl)
 
 
-def _untail(q: torch.Tensor, k: torch.Tensor | None, tail: Sequence[Any]) -> tuple[Inputs, int, Options, str | None]:
-    """The other way round: torch hands lists where options are tuples."""
-    cos, sin, position_ids, offsets, cu_seqlens, offset, *options, impl = tail
-    hashable = (tuple(option) if isinstance(option, list) else option for option in options)
-    return Inputs(q, k, cos, sin, position_ids, offsets, cu_seqlens), offset, Options._make(hashable), impl
+def run_registered(
+    inputs: Sequence[torch.Tensor | None],
+    offset: int,
+    options: tuple[Any, ...],
+    impl: str | None,
+    strides: tuple[Strides, Strides] = (None, None),
+) -> Outputs:
+    """Rotate by the registered operators, into new tensors."""
+    q, k = inputs[:2]
+    rest = tail(inputs, offset, options, impl)
+    if k is None:
+        return torch.ops.tilewright.rope(q, *rest, strides[0]), None
+    result: tuple[torch.Tensor, torch.Tensor] = torch.ops.tilewright.rope_qk(q, k, *rest, *strides)
+    return result
 
 
-def _defaults(tail: Sequence[Any]) -> tuple[Any, ...]:
-    """Torch leaves trailing arguments out where they have their default value."""
-    given = tuple(tail)
-    defaults = (None, None, None, None, None, 0, *Options(), None)
-    return given + defaults[len(given) :]
+class _Given(NamedTuple):
+    """What an operator was given."""
+
+    inputs: Inputs
+    offset: int
+    options: Options
+    impl: str | None
+    strides: tuple[Strides, Strides]
 
 
-def _tuple(strides: Sequence[int] | None) -> Strides:
-    return None if strides is None else tuple(strides)
+def _given(q: torch.Tensor, k: torch.Tensor | None, rest: Sequence[Any]) -> _Given:
+    """Read an operator's arguments after the rotated tensors.
+
+    Torch leaves trailing arguments out where they have their default value, and hands lists where options are tuples.
+    """
+    defaults = (None, None, None, None, None, 0, *Options(), None, None, None)
+    full = (*rest, *defaults[len(rest) :])
+    cos, sin, position_ids, offsets, cu_seqlens, offset, *options, impl = full[:_N_TAIL]
+    strides = full[_N_TAIL : _N_TAIL + 2]
+    return _Given(
+        Inputs(q, k, cos, sin, position_ids, offsets, cu_seqlens),
+        offset,
+        Options._make(map(_tuple, options)),
+        impl,
+        (_tuple(strides[0]), _tuple(strides[1])),
+    )
+
+
+def _tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, (list, torch.Size)) else value
 
 
 def _rope(x: torch.Tensor, *rest: Any) -> torch.Tensor:
-    rest = _defaults(rest)
-    strides = _tuple(rest[_N_TAIL]) if len(rest) > _N_TAIL else None
-    return rotate(*_untail(x, None, rest[:_N_TAIL]), strides=(strides, None))[0]
+    inputs, offset, options, impl, strides = _given(x, None, rest)
+    return rotate(inputs, offset, options, impl, strides=strides)[0]
 
 
-def _rope_qk(q: torch.Tensor, k: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    rest = _defaults(rest)
-    q_strides, k_strides = (*rest[_N_TAIL:], None, None)[:2]
-    strides = (_tuple(q_strides), _tuple(k_strides))
-    q_out, k_out = rotate(*_untail(q, k, rest[:_N_TAIL]), strides=strides, operation="rope_qk")
-    assert k_out is not None
-    return q_out, k_out
+def _rope_qk(q: torch.Tensor, k: torch.Tensor, *rest: Any) -> Outputs:
+    inputs, offset, options, impl, strides = _given(q, k, rest)
+    return rotate(inputs, offset, options, impl, strides=strides, operation="rope_qk")
 
 
 def _rope_inplace(x: torch.Tensor, *rest: Any) -> None:
-    rotate(*_untail(x, None, _defaults(rest)), inplace=True)
+    inputs, offset, options, impl, _ = _given(x, None, rest)
+    rotate(inputs, offset, options, impl, inplace=True)
 
 
 def _rope_qk_inplace(q: torch.Tensor, k: torch.Tensor, *rest: Any) -> None:
-    rotate(*_untail(q, k, _defaults(rest)), inplace=True, operation="rope_qk")
+    inputs, offset, options, impl, _ = _given(q, k, rest)
+    rotate(inputs, offset, options, impl, inplace=True, operation="rope_qk")
 
 
 def _fake_rope(x: torch.Tensor, *rest: Any) -> torch.Tensor:
-    rest = _defaults(rest)
-    inputs, offset, options, _ = _untail(x, None, rest[:_N_TAIL])
+    inputs, offset, options, _, strides = _given(x, None, rest)
     describe(inputs, offset, options)
-    return _empty(x, _tuple(rest[_N_TAIL]) if len(rest) > _N_TAIL else None)
+    return _empty(x, strides[0])
 
 
-def _fake_rope_qk(q: torch.Tensor, k: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    rest = _defaults(rest)
-    inputs, offset, options, _ = _untail(q, k, rest[:_N_TAIL])
+def _fake_rope_qk(q: torch.Tensor, k: torch.Tensor, *rest: Any) -> Outputs:
+    inputs, offset, options, _, strides = _given(q, k, rest)
     describe(inputs, offset, options, "rope_qk")
-    q_strides, k_strides = (*rest[_N_TAIL:], None, None)[:2]
-    return _empty(q, _tuple(q_strides)), _empty(k, _tuple(k_strides))
+    return _empty(q, strides[0]), _empty(k, strides[1])
 
 
 def _fake_inplace(x: torch.Tensor, *rest: Any) -> None:
-    inputs, offset, options, _ = _untail(x, None, _defaults(rest))
+    inputs, offset, options, _, _ = _given(x, None, rest)
     describe(inputs, offset, options)
 
 
 def _fake_qk_inplace(q: torch.Tensor, k: torch.Tensor, *rest: Any) -> None:
-    inputs, offset, options, _ = _untail(q, k, _defaults(rest))
+    inputs, offset, options, _, _ = _given(q, k, rest)
     describe(inputs, offset, options, "rope_qk")
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    tensors = (inputs[0],) if isinstance(output, torch.Tensor) else inputs[:2]
-    rest = _defaults(inputs[len(tensors) :])[:_N_TAIL]
-    ctx.save_for_backward(*rest[:5])
-    ctx.rest = rest[5:]
-    ctx.n_inputs = len(inputs)
-    for name, table in (("cos", rest[0]), ("sin", rest[1])):
-        if table is not None and table.requires_grad:
-            raise ArgumentError("rope", name, "requires a gradient, but tables are constants; detach it")
     outputs = (output,) if isinstance(output, torch.Tensor) else output
+    q, k = (*inputs[: len(outputs)], None)[:2]
+    given = _given(q, k, inputs[len(outputs) :])
+    refuse_table_gradients(given.inputs, "rope" if k is None else "rope_qk")
+    ctx.save_for_backward(*given.inputs[2:])
+    ctx.rest = (given.offset, given.options.transposed(), given.impl)
+    ctx.n_inputs = len(inputs)
     ctx.strides = tuple(tuple(y.stride()) for y in outputs)
 
 
 def _backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:
-    offset, *options, impl = ctx.rest
-    flipped = Options(*options)
-    flipped = flipped._replace(transpose=not flipped.transpose)
-    rest = (*ctx.saved_tensors, offset, *flipped, impl)
-    if len(grads) == 1:
-        results: tuple[torch.Tensor, ...] = (torch.ops.tilewright.rope(grads[0], *rest, ctx.strides[0]),)
-    else:
-        results = torch.ops.tilewright.rope_qk(*grads, *rest, *ctx.strides)
-    return (*results, *(None,) * (ctx.n_inputs - len(results)))
+    grad_q, grad_k = (*grads, None)[:2]
+    offset, options, impl = ctx.rest
+    strides = (ctx.strides[0], ctx.strides[-1])
+    results = run_registered((grad_q, grad_k, *ctx.saved_tensors), offset, options, impl, strides)
+    return (*results[: len(grads)], *(None,) * (ctx.n_inputs - len(grads)))
 
 
 def _no_gradient(operator: Any) -> Callable[..., None]:

@@ -104,15 +104,13 @@ def rotate(call: RopeCall, inputs: Inputs, offset: int, outputs: tuple[torch.Ten
         matrix = None
     else:
         axes = LAYOUTS[call.options.layout]
-        matrix = tuple(
-            _broadcast(entry, axes, call) for entry in rotation(call, inputs, positions(call, inputs, offset))
-        )
+        matrix = tuple(_broadcast(entry, axes) for entry in rotation(call, inputs, positions(call, inputs, offset)))
     for x, y in ((inputs.q, outputs[0]), (inputs.k, outputs[1])):
         if x is not None and y is not None:
             _rotate_one(call, x, y, matrix)
 
 
-def _broadcast(entry: torch.Tensor, axes: tuple[int | None, int, int], call: RopeCall) -> torch.Tensor:
+def _broadcast(entry: torch.Tensor, axes: tuple[int | None, int, int]) -> torch.Tensor:
     """[1 or B, S, pairs] to the layout's axes, with one head."""
     batch, token, head = axes
     if batch is None:

@@ -1,4 +1,4 @@
-"""The optional packages that the demo needs."""
+"""The optional packages that the command line, the benchmark and the demo need."""
 
 from __future__ import annotations
 
@@ -7,18 +7,19 @@ from importlib import import_module
 from tilewright.errors import MissingDependencyError
 
 
-def require(package: str, purpose: str) -> None:
+def require(module: str, purpose: str) -> None:
     """Make sure that an optional package can be imported.
 
     Args:
-        package: its name, such as ``"rich"``.
+        module: what is imported of it, such as ``"rich"`` or ``"rich.console"``.
         purpose: what needs it, for the message.
 
     Raises:
         MissingDependencyError: it is missing or broken.
     """
     try:
-        import_module(package)
-    except ImportError as error:
+        import_module(module)
+    except Exception as error:  # a broken package may raise anything
+        package = module.partition(".")[0]
         message = f"{purpose} needs the package {package}: pip install 'tilewright[cli]' ({error})"
         raise MissingDependencyError(message) from error
