@@ -47,3 +47,23 @@ class MissingDependencyError(TilewrightError, ImportError):
 
 class BenchmarkError(TilewrightError, RuntimeError):
     """A benchmark cannot give an honest number, for example because a provider's result is wrong."""
+
+
+class KernelError(TilewrightError):
+    """Base class of what goes wrong in a Triton kernel on the compiled CPU target."""
+
+
+class UnsupportedKernelError(KernelError, NotImplementedError):
+    """The kernel uses something that the CPU target does not support; the message points at the line."""
+
+
+class KernelBuildError(KernelError, RuntimeError):
+    """The C compiler rejected a kernel's native code, or the result cannot be loaded."""
+
+
+class KernelAccessError(KernelError, IndexError):
+    """A kernel accessed memory outside its tensors, which is checked under ``TILEWRIGHT_CPU_SANITIZE=1``."""
+
+
+class KernelAssertionError(KernelError, AssertionError):
+    """A ``tl.device_assert`` of a kernel failed."""

@@ -12,6 +12,12 @@ CHECK_DEVICE_VALUES = "TILEWRIGHT_CHECK_DEVICE_VALUES"
 TRITON_INTERPRET = "TRITON_INTERPRET"
 """Triton's own switch: ``1`` runs its kernels in its interpreter. Triton reads it when it is imported."""
 
+CPU_SANITIZE = "TILEWRIGHT_CPU_SANITIZE"
+"""``1``: kernels of the compiled CPU target check every access against the storages of their tensors."""
+
+CPU_EXECUTOR = "TILEWRIGHT_CPU_EXECUTOR"
+"""``native`` or ``interpreter``: what runs kernels of the compiled CPU target. Without a C compiler the interpreter does."""
+
 _TRUE = frozenset({"1", "true", "yes", "on"})
 _FALSE = frozenset({"", "0", "false", "no", "off"})
 
@@ -41,3 +47,20 @@ def check_device_values() -> bool:
 def triton_interpret() -> bool:
     """Whether Triton kernels run in Triton's interpreter (:data:`TRITON_INTERPRET`), by Triton's reading of it."""
     return os.environ.get(TRITON_INTERPRET, "").lower() in {"1", "true", "on", "y", "yes"}
+
+
+def cpu_sanitize() -> bool:
+    """Whether kernels on the CPU check their accesses (:data:`CPU_SANITIZE`)."""
+    return flag(CPU_SANITIZE)
+
+
+def cpu_executor() -> str:
+    """What is to run kernels on the CPU (:data:`CPU_EXECUTOR`).
+
+    Raises:
+        SettingError: there is no such executor.
+    """
+    value = os.environ.get(CPU_EXECUTOR, "native").strip().lower()
+    if value not in {"native", "interpreter"}:
+        raise SettingError(f"environment variable {CPU_EXECUTOR}={value!r}: expected native or interpreter")
+    return value

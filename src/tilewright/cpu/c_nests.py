@@ -1,0 +1,326 @@
+"""Nests of loops as C: what is computed where, vector loops, reductions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from tilewright.cpu.c_expressions import Writer, c_type, to_memory
+from tilewright.cpu.expressions import depth
+from tilewright.cpu.loops import Atomic, Buffer, Fold, Nest, Store, Write
+from tilewright.cpu.types import F64, Pointer
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from tilewright.cpu.expressions import Expr, Expressions
+    from tilewright.cpu.loops import Combine, Sink
+
+LANES = 64
+"""How many partial results a reduction keeps: four vectors of AVX-512, and the same sums on every machine."""
+
+_LEAVES = frozenset({"const", "var", "index"})
+
+
+@dataclass
+class _Text:
+    """Lines of C, indented."""
+
+    lines: list[str] = field(default_factory=list)
+    level: int = 1
+
+    def add(self, line: str) -> None:
+        self.lines.append("    " * self.level + line)
+
+    def open(self, line: str) -> None:
+        self.add(line + " {")
+        self.level += 1
+
+    def close(self) -> None:
+        self.level -= 1
+        self.add("}")
+
+
+def temporaries(writer: Writer, roots: Sequence[Expr], order: Sequence[int]) -> list[tuple[int, Expr]]:
+    """The parts that get a variable, with the depth it stands at: those used twice or in a deeper loop than theirs."""
+    uses: dict[Expr, int] = {}
+    deeper: set[Expr] = set()
+    found: list[Expr] = []
+    seen: set[Expr] = set()
+
+    def visit(e: Expr) -> None:
+        if e in seen:
+            return
+        seen.add(e)
+        own = depth(e, order)
+        for part in writer.parts(e):
+            uses[part] = uses.get(part, 0) + 1
+            visit(part)
+            if depth(part, order) < own:
+                deeper.add(part)
+        found.append(e)
+
+    for root in roots:
+        uses[root] = uses.get(root, 0) + 1
+        visit(root)
+        if depth(root, order) < len(order):
+            deeper.add(root)
+    return [(depth(e, order), e) for e in found if e.op not in _LEAVES and (uses[e] > 1 or e in deeper)]
+
+
+class NestWriter:
+    """Writes one nest.
+
+    Args:
+        make: makes the offsets of memory accesses.
+        nest: what to write.
+        checked: whether accesses are checked against the bounds.
+    """
+
+    def __init__(self, make: Expressions, nest: Nest, checked: bool) -> None:
+        self.nest = nest
+        self.checked = checked
+        self.order = _order(nest, Writer(make)) if not nest.serial else list(range(len(nest.shape)))
+        self.writer = Writer(make, self.order, checked, self._element_number())
+        self.names: dict[Expr, str] = {}
+        self.text = _Text()
+        inner = self.order[-1] if self.order else -1
+        folds = [sink for sink in nest.sinks if isinstance(sink, Fold)]
+        self.lane_folds = [f for f in folds if f.axis == inner and f.combine.identity is not None]
+        self.other_folds = [f for f in folds if f not in self.lane_folds]
+
+    def _element_number(self) -> str:
+        total = "0"
+        for k, size in enumerate(self.nest.shape):
+            total = f"({total} * {size} + i{k})" if k else "i0"
+        return total if self.nest.shape else "0"
+
+    def lines(self) -> list[str]:
+        """The nest as lines of C."""
+        from tilewright.cpu.collectives import roots_of
+
+        roots = [root for sink in self.nest.sinks for root in roots_of(sink)]
+        pointers = [sink.pointer for sink in self.nest.sinks if isinstance(sink, Store | Atomic)]
+        # A pointer that is stored through is written as an address, not as a value.
+        addresses = [part for pointer in pointers for part in self.writer.address(pointer)[:2]]
+        values = [root for root in roots if not any(root is pointer for pointer in pointers)]
+        temps = temporaries(self.writer, [*values, *addresses], self.order)
+        self._declare_scalars()
+        self.text.open("")
+        self._start_folds()
+        self._loop(0, temps)
+        self.text.close()
+        return self.text.lines
+
+    def _declare_scalars(self) -> None:
+        for sink in self.nest.sinks:
+            if isinstance(sink, Fold):
+                for target, value in zip(sink.targets, sink.values, strict=True):
+                    if isinstance(target, str):
+                        self.text.add(f"{c_type(value.type)} {target};")
+            elif isinstance(sink, Atomic) and isinstance(sink.target, str):
+                self.text.add(f"{c_type(sink.value.type)} {sink.target} = 0;")
+
+    def _start_folds(self) -> None:
+        for fold in self.other_folds:
+            if fold.combine.identity is None:
+                continue
+            for target, identity in zip(fold.targets, fold.combine.identity, strict=True):
+                assert isinstance(target, Buffer)
+                self.text.add(f"for (int i = 0; i < {target.size}; i++) {target.name}[i] = {self.value(identity)};")
+
+    def value(self, e: Expr) -> str:
+        """The expression's text."""
+        return self.writer.text(e, self.names)
+
+    def _loop(self, level: int, temps: list[tuple[int, Expr]]) -> None:
+        """The loop at a level and all inside it, after what is computed before it."""
+        for at, e in temps:
+            if at == level:
+                name = f"t{len(self.names)}"
+                self.text.add(f"const {c_type(e.type)} {name} = {self.value(e)};".replace("const char *", "char *const "))
+                self.names[e] = name
+        if level == len(self.order):
+            for sink in self.nest.sinks:
+                self._sink(sink)
+            return
+        loop = self.order[level]
+        size = self.nest.shape[loop]
+        innermost = level == len(self.order) - 1
+        if innermost and self.lane_folds:
+            self._lane_loop(level, loop, size, temps)
+            return
+        if innermost and not self.nest.serial and not self.checked:
+            self.text.add("#pragma omp simd")
+        self.text.open(f"for (int i{loop} = 0; i{loop} < {size}; i{loop}++)")
+        self._loop(level + 1, temps)
+        self.text.close()
+
+    # Reductions along the innermost loop, in lanes
+
+    def _lane_loop(self, level: int, loop: int, size: int, temps: list[tuple[int, Expr]]) -> None:
+        lanes = min(LANES, size)
+        for number, fold in enumerate(self.lane_folds):
+            assert fold.combine.identity is not None
+            for k, identity in enumerate(fold.combine.identity):
+                type_ = c_type(identity.type)
+                self.text.add(f"_Alignas(64) {type_} lane{number}_{k}[{lanes}];")
+                self.text.add(f"for (int l = 0; l < {lanes}; l++) lane{number}_{k}[l] = {self.value(identity)};")
+        self.text.open(f"for (int r = 0; r < {size}; r += {lanes})")
+        if not self.checked:
+            self.text.add("#pragma omp simd")
+        self.text.open(f"for (int l = 0; l < {lanes}; l++)")
+        self.text.add(f"const int i{loop} = r + l;")
+        self._loop(level + 1, temps)
+        self.text.close()
+        self.text.close()
+        for number, fold in enumerate(self.lane_folds):
+            half = lanes // 2
+            while half:
+                if half >= 4:
+                    self.text.add("#pragma omp simd")
+                self.text.open(f"for (int l = 0; l < {half}; l++)")
+                places = [f"lane{number}_{k}" for k in range(len(fold.values))]
+                self._combine(fold.combine, [f"{p}[l]" for p in places], [f"{p}[l + {half}]" for p in places])
+                self.text.close()
+                half //= 2
+            for k, target in enumerate(fold.targets):
+                place = target if isinstance(target, str) else f"{target.name}[{self.value(fold.position)}]"
+                self.text.add(f"{place} = lane{number}_{k}[0];")
+
+    def _combine(self, combine: Combine, left: Sequence[str], right: Sequence[str]) -> None:
+        """Combine two groups of places into the left one."""
+        write_combine(self.text, self.writer, combine, left, right)
+
+    # Sinks
+
+    def _sink(self, sink: Sink) -> None:
+        if isinstance(sink, Write):
+            self.text.add(f"{sink.buffer.name}[{self.value(sink.position)}] = {self.value(sink.value)};")
+        elif isinstance(sink, Store):
+            self._store(sink)
+        elif isinstance(sink, Atomic):
+            self._atomic(sink)
+        elif sink in self.lane_folds:
+            number = self.lane_folds.index(sink)
+            left = [f"lane{number}_{k}[l]" for k in range(len(sink.values))]
+            self._combine(sink.combine, left, [self.value(value) for value in sink.values])
+        else:
+            self._fold(sink)
+
+    def _fold(self, fold: Fold) -> None:
+        position = self.value(fold.position)
+        places = [t if isinstance(t, str) else f"{t.name}[{position}]" for t in fold.targets]
+        values = [self.value(value) for value in fold.values]
+        if fold.combine.identity is not None:
+            self._combine(fold.combine, places, values)
+            return
+        self.text.open(f"if (i{fold.axis} == 0)")
+        for place, value in zip(places, values, strict=True):
+            self.text.add(f"{place} = {value};")
+        self.text.close()
+        self.text.open("else")
+        self._combine(fold.combine, places, values)
+        self.text.close()
+
+    def _store(self, store: Store) -> None:
+        assert isinstance(store.pointer.type, Pointer)
+        pointee = store.pointer.type.pointee
+        mask = "true" if store.mask is None else self.value(store.mask)
+        place = self.writer.place(store.pointer, self.names)
+        if self.checked:
+            mask = self.writer.allowed(store.pointer, mask, store.site.number, store.site.roots, self.names)
+        value = to_memory(pointee, self.value(store.value))  # type: ignore[arg-type]
+        self.text.add(f"{place} = {value};" if mask == "true" else f"if ({mask}) {place} = {value};")
+
+    def _atomic(self, atomic: Atomic) -> None:
+        element = atomic.value.type
+        mask = "true" if atomic.mask is None else self.value(atomic.mask)
+        place = self.writer.place(atomic.pointer, self.names)
+        if self.checked:
+            mask = self.writer.allowed(atomic.pointer, mask, atomic.site.number, atomic.site.roots, self.names)
+        arguments = [f"&{place}"]
+        if atomic.compare is not None:
+            arguments.append(to_memory(element, self.value(atomic.compare)))
+        arguments.append(to_memory(element, self.value(atomic.value)))
+        suffix = {"f16": "f16", "bf16": "bf16", "f32": "f32", "f64": "f64"}.get(str(element), f"i{element.bits}")
+        if atomic.kind in {"exchange", "compare"}:
+            suffix = f"i{element.bits}"
+            if element.is_float and element.bits >= 32:
+                to, back = ("double_bits", "bits_double") if element == F64 else ("float_bits", "bits_float")
+                arguments = [f"(int{element.bits}_t *)(void *){arguments[0]}", *(f"tw_{to}({a})" for a in arguments[1:])]
+                call = f"tw_{back}(tw_atomic_{atomic.kind}_{suffix}({', '.join(arguments)}))"
+            else:
+                call = f"tw_atomic_{atomic.kind}_{suffix}({', '.join(arguments)})"
+        else:
+            call = f"tw_atomic_{atomic.kind.removeprefix('f') if atomic.kind == 'fadd' else atomic.kind}_{suffix}({', '.join(arguments)})"
+        from tilewright.cpu.c_expressions import FORMATS, from_memory
+
+        if element in FORMATS:
+            call = from_memory(element, call)
+        if atomic.target is None:
+            self.text.add(f"if ({mask}) (void){call};")
+            return
+        target = (
+            atomic.target if isinstance(atomic.target, str) else f"{atomic.target.name}[{self.value(atomic.position)}]"
+        )
+        self.text.add(f"{target} = {mask} ? {call} : 0;")
+
+
+def write_combine(
+    text: _Text, writer: Writer, combine: Combine, left: Sequence[str], right: Sequence[str]
+) -> None:
+    """Write ``left = combine(left, right)`` for places."""
+    text.open("")
+    for variable, place in zip([*combine.left, *combine.right], [*left, *right], strict=True):
+        text.add(f"const {c_type(variable.type)} {variable.attr} = {place};")
+    inner: dict[Expr, str] = {}
+    plain = Writer(writer.make)
+    for _, e in temporaries(plain, combine.results, []):
+        if e.op in _LEAVES:
+            continue
+        name = f"c{len(inner)}"
+        text.add(f"const {c_type(e.type)} {name} = {plain.text(e, inner)};")
+        inner[e] = name
+    for place, result in zip(left, combine.results, strict=True):
+        text.add(f"{place} = {plain.text(result, inner)};")
+    text.close()
+
+
+def _order(nest: Nest, writer: Writer) -> list[int]:
+    """The loops from outside: the innermost one is where most accesses go on to the neighbouring element."""
+    loops = list(range(len(nest.shape)))
+    if len(loops) < 2 or any(isinstance(sink, Fold | Atomic) for sink in nest.sinks):
+        return loops
+    from tilewright.cpu.collectives import roots_of
+
+    votes = dict.fromkeys(loops, 0)
+    seen: set[Expr] = set()
+    pointers: list[tuple[Expr, int]] = []
+    for sink in nest.sinks:
+        if isinstance(sink, Store):
+            pointers.append((sink.pointer, 2))
+        for root in roots_of(sink):
+            pointers += [(part.args[0], 1) for part in root.walk(seen) if part.op == "load"]
+    for pointer, weight in pointers:
+        _, offset, _ = writer.address(pointer)
+        for loop in neighbours(offset):
+            if loop in votes:
+                votes[loop] += weight
+    best = max(loops, key=lambda loop: (votes[loop], loop))
+    if votes[best] <= votes[loops[-1]] or nest.shape[best] < 8:
+        return loops
+    return [loop for loop in loops if loop != best] + [best]
+
+
+def neighbours(offset: Expr) -> Mapping[int, None]:
+    """The loops whose next step leads to the next element: those that the sum ``offset`` holds by themselves."""
+    found: dict[int, None] = {}
+    pending = [offset]
+    while pending:
+        e = pending.pop()
+        if e.op == "addn":
+            pending += e.args
+        elif e.op == "sext" and e.args[0].op == "index":
+            found[int(e.args[0].attr[1:])] = None
+    return found

@@ -1,0 +1,32 @@
+"""Errors that point at the line of the kernel that they are about."""
+
+from __future__ import annotations
+
+import linecache
+from typing import TYPE_CHECKING
+
+from tilewright.errors import UnsupportedKernelError
+
+if TYPE_CHECKING:
+    from tilewright.cpu.ttir import Location, Operation
+
+
+def pointed(location: Location, message: str) -> str:
+    """``file:line:column: message``, then the source line with a caret below the column, then the calls that led there."""
+    where = location.in_user_code()
+    if not where.line:
+        return message
+    lines = [f"{where.file}:{where.line}:{where.column}: {message}"]
+    source = linecache.getline(where.file, where.line).rstrip("\n")
+    if source.strip():
+        column = min(where.column, len(source))
+        lines += [f"    {source}", "    " + "".join("\t" if c == "\t" else " " for c in source[:column]) + "^"]
+    innermost = location.frames()[0]
+    if innermost.line and innermost != where:
+        lines.append(f"    (through {innermost.file}:{innermost.line})")
+    return "\n".join(lines)
+
+
+def unsupported(operation: Operation, reason: str) -> UnsupportedKernelError:
+    """The error for an operation that cannot be lowered."""
+    return UnsupportedKernelError(pointed(operation.location, f"the CPU target does not support {reason}"))
