@@ -1,12 +1,8 @@
-"""Without a GPU, Triton kernels are tested in Triton's interpreter, which must be on before Triton loads."""
-
-import os
+"""What all tests share. Without a GPU, Triton kernels run on the CPU through the compiled CPU target."""
 
 import pytest
 import torch
 
-if not torch.accelerator.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
 torch.set_num_threads(1)
 pytest.register_assert_rewrite("bench_helpers", "rope_helpers")  # as pytest does for test files
 

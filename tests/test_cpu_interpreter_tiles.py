@@ -1,4 +1,4 @@
-"""The interpreter of the CPU target, driven with Triton IR directly: control flow that differs between programs, tiles."""
+"""The interpreter of the CPU target: tiles, and control flow that differs between programs."""
 
 import numpy as np
 import pytest
@@ -103,31 +103,48 @@ def test_functions_that_are_not_inlined() -> None:
 
 
 def test_blocks_that_branch_back() -> None:
-    """A loop of branches, left after a number of rounds that the program's id gives."""
-    out = torch.zeros(4, dtype=torch.int32)
+    """A loop of branches, left after as many rounds as the program's id, and a function with two ends."""
+    table, out = torch.tensor([10, 20, 30, 40], dtype=torch.int32), torch.zeros(4, dtype=torch.int32)
     text = """
     "builtin.module"() ({
+      "tt.func"() <{function_type = (i32) -> i32, sym_name = "f", sym_visibility = "private"}> ({
+      ^bb0(%x: i32):
+        %limit = "arith.constant"() <{value = 2 : i32}> : () -> i32 loc(unknown)
+        %small = "arith.cmpi"(%x, %limit) <{predicate = 2 : i64}> : (i32, i32) -> i1 loc(unknown)
+        "cf.cond_br"(%small)[^bb1, ^bb2] <{operandSegmentSizes = array<i32: 1, 0, 0>}> : (i1) -> () loc(unknown)
+      ^bb1:
+        "tt.return"(%limit) : (i32) -> () loc(unknown)
+      ^bb2:
+        "tt.return"(%x) : (i32) -> () loc(unknown)
+      }) : () -> () loc(unknown)
       "tt.func"() <{function_type = (!tt.ptr<i32>) -> (), sym_name = "k", sym_visibility = "public"}> ({
-      ^bb0(%p: !tt.ptr<i32>):
+      ^bb0(%p: !tt.ptr<i32>, %table: !tt.ptr<i32>):
         %pid = "tt.get_program_id"() <{axis = 0 : i32}> : () -> i32 loc(unknown)
         %one = "arith.constant"() <{value = 1 : i32}> : () -> i32 loc(unknown)
         %at = "tt.addptr"(%p, %pid) : (!tt.ptr<i32>, i32) -> !tt.ptr<i32> loc(unknown)
-        "cf.br"(%pid, %one)[^bb1] : (i32, i32) -> () loc(unknown)
-      ^bb1(%left: i32, %product: i32):
+        %rounds = "tt.call"(%pid) <{callee = @f}> : (i32) -> i32 loc(unknown)
+        "cf.br"(%rounds, %pid)[^bb1] : (i32, i32) -> () loc(unknown)
+      ^bb1(%left: i32, %place: i32):
+        %from = "tt.addptr"(%table, %place) : (!tt.ptr<i32>, i32) -> !tt.ptr<i32> loc(unknown)
+        %seen = "tt.load"(%from) <{operandSegmentSizes = array<i32: 1, 0, 0>}> : (!tt.ptr<i32>) -> i32 loc(unknown)
         %more = "arith.cmpi"(%left, %one) <{predicate = 4 : i64}> : (i32, i32) -> i1 loc(unknown)
-        %next = "arith.muli"(%product, %left) : (i32, i32) -> i32 loc(unknown)
         "cf.cond_br"(%more)[^bb2, ^bb3] <{operandSegmentSizes = array<i32: 1, 0, 0>}> : (i1) -> () loc(unknown)
       ^bb2:
         %less = "arith.subi"(%left, %one) : (i32, i32) -> i32 loc(unknown)
-        "cf.br"(%less, %next)[^bb1] : (i32, i32) -> () loc(unknown)
+        %back = "arith.subi"(%place, %one) : (i32, i32) -> i32 loc(unknown)
+        "cf.br"(%less, %back)[^bb1] : (i32, i32) -> () loc(unknown)
       ^bb3:
-        "tt.store"(%at, %next) : (!tt.ptr<i32>, i32) -> () loc(unknown)
+        %sum = "arith.addi"(%seen, %rounds) : (i32, i32) -> i32 loc(unknown)
+        "tt.store"(%at, %sum) : (!tt.ptr<i32>, i32) -> () loc(unknown)
         "tt.return"() : () -> () loc(unknown)
       }) : () -> () loc(unknown)
     }) : () -> () loc(unknown)
     """
-    interpret(ttir.read(text), (4, 1, 1), [out.data_ptr()])
-    assert out.tolist() == [0, 1, 2, 6]
+    storage = torch.cat([torch.tensor([7], dtype=torch.int32), table])  # program 0 goes one back as well
+    interpret(ttir.read(text), (4, 1, 1), [out.data_ptr(), storage.data_ptr() + 4])
+    rounds = [max(2, pid) for pid in range(4)]
+    places = [pid - (r - 1) for pid, r in enumerate(rounds)]
+    assert out.tolist() == [storage[1 + place].item() + r for place, r in zip(places, rounds, strict=True)]
 
 
 @triton.jit

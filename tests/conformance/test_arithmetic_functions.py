@@ -120,8 +120,7 @@ def fma_kernel(x_ptr, y_ptr, z_ptr, out_ptr, BLOCK: tl.constexpr):
 def exact_fma(x: float, y: float, z: float) -> float:
     """Rounded once to float64, from exact fractions."""
     if not np.isfinite([x, y, z]).all():
-        with np.errstate(all="ignore"):
-            return float(np.float64(x if np.isfinite(x) or np.isfinite(y) or y == 0 else np.sign(x)) * y + z)
+        return z if np.isfinite([x, y]).all() else float(np.float64(x) * y + z)
     total = Fraction(x) * Fraction(y) + Fraction(z)
     if total == 0:
         return x * y + z if z == 0 else 0.0  # the sign of zero is that of the sum of the signs
@@ -158,9 +157,8 @@ def test_fma_rounds_once(dtype: Dtype) -> None:
     a, b, c = (t.double().numpy() for t in (x, y, z))
     with np.errstate(all="ignore"):
         if dtype is FLOAT64:
-            expected = torch.tensor(
-                [exact_fma(*v) for v in zip(a.tolist(), b.tolist(), c.tolist(), strict=True)]
-            ).double()
+            exact = [exact_fma(*v) for v in zip(a.tolist(), b.tolist(), c.tolist(), strict=True)]
+            expected = torch.tensor(exact, dtype=torch.float64)
         elif dtype is FLOAT32:
             expected = torch.from_numpy(rounded_to_odd(a, b, c).astype(np.float32))
         else:

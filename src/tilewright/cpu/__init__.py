@@ -26,10 +26,14 @@ def active() -> Iterator[None]:
         >>> with tilewright.cpu.active():
         ...     pass  # kernel[grid](...) takes CPU tensors here
     """
+    from triton.backends import Backend, backends
     from triton.runtime import driver
 
+    from tilewright.cpu.compiler import BACKEND, CPUBackend
     from tilewright.cpu.driver import CPUDriver
 
+    # Where tilewright runs without having been installed there is no entry point for Triton to find.
+    backends.setdefault(BACKEND, Backend(CPUBackend, CPUDriver))
     before = driver._active
     driver.set_active(CPUDriver())
     try:

@@ -4,30 +4,20 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
-import os
 import platform
-import shutil
 import subprocess
 import tempfile
 from functools import lru_cache
 from pathlib import Path
 
 from tilewright.errors import KernelBuildError
-
-_CANDIDATES = ("gcc", "cc", "clang")
-
-
-@lru_cache(maxsize=1)
-def compiler() -> str | None:
-    """The C compiler: ``$CC`` if that is set, else gcc, cc or clang; None if there is none."""
-    asked = os.environ.get("CC")
-    return next((found for name in ([asked] if asked else _CANDIDATES) if (found := shutil.which(name))), None)
+from tilewright.platforms.cpu import c_compiler
 
 
 @lru_cache(maxsize=1)
 def machine() -> str:
     """What native code depends on besides its text: the compiler, its version and the processor's features."""
-    path = compiler()
+    path = c_compiler()
     if path is None:
         return "no C compiler"
     version = subprocess.run([path, "--version"], capture_output=True, text=True, check=False).stdout.split("\n")[0]
@@ -71,7 +61,7 @@ def shared_object(source: str, name: str, fuse_multiply_add: bool) -> str:
     """
     from triton.runtime.cache import get_cache_manager
 
-    path = compiler()
+    path = c_compiler()
     if path is None:
         raise KernelBuildError("there is no C compiler: install gcc or clang, or set CC")
     options = flags(fuse_multiply_add)

@@ -383,6 +383,7 @@ _WRITERS: dict[str, Callable[[Expr, Sequence[str]], str]] = {
     "exp": lambda e, args: f"exp({args[0]})" if e.type == F64 else f"tw_expf({args[0]})",
     "exp2": lambda e, args: f"exp2({args[0]})" if e.type == F64 else f"tw_exp2f({args[0]})",
     **{name: _float_function(name) for name in ("log", "log2", "sin", "cos", "sqrt", "erf", "floor", "ceil", "fma", "tanh")},
+    "oddfma": lambda e, args: f"tw_odd_fma({', '.join(args)})",
     "fabs": _float_function("fabs"), "rsqrt": _float_function("tw_rsqrt"), "abs": _absolute,
     "cmpi": _compare_ints, "cmpf": _compare_floats,
     "select": lambda e, args: f"({args[0]} ? {args[1]} : {args[2]})",

@@ -11,7 +11,7 @@ from tilewright.cpu.loops import Atomic, Buffer, Fold, Nest, Store, Write
 from tilewright.cpu.types import F64, Pointer
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from tilewright.cpu.expressions import Expr, Expressions
     from tilewright.cpu.loops import Combine, Sink
@@ -41,8 +41,13 @@ class _Text:
         self.add("}")
 
 
-def temporaries(writer: Writer, roots: Sequence[Expr], order: Sequence[int]) -> list[tuple[int, Expr]]:
-    """The parts that get a variable, with the depth it stands at: those used twice or in a deeper loop than theirs."""
+def temporaries(
+    writer: Writer, roots: Sequence[Expr], order: Sequence[int], first: Callable[[Expr], bool] | None = None
+) -> list[tuple[int, Expr]]:
+    """The parts that get a variable, with the depth it stands at: those used twice or in a deeper loop than theirs.
+
+    ``first`` names others: those that must be computed before the nest writes anything.
+    """
     uses: dict[Expr, int] = {}
     deeper: set[Expr] = set()
     found: list[Expr] = []
@@ -65,7 +70,8 @@ def temporaries(writer: Writer, roots: Sequence[Expr], order: Sequence[int]) -> 
         visit(root)
         if depth(root, order) < len(order):
             deeper.add(root)
-    return [(depth(e, order), e) for e in found if e.op not in _LEAVES and (uses[e] > 1 or e in deeper)]
+    chosen = [e for e in found if e.op not in _LEAVES and (uses[e] > 1 or e in deeper or (first and first(e)))]
+    return [(depth(e, order), e) for e in chosen]
 
 
 class NestWriter:
@@ -104,13 +110,20 @@ class NestWriter:
         # A pointer that is stored through is written as an address, not as a value.
         addresses = [part for pointer in pointers for part in self.writer.address(pointer)[:2]]
         values = [root for root in roots if not any(root is pointer for pointer in pointers)]
-        temps = temporaries(self.writer, [*values, *addresses], self.order)
+        temps = temporaries(self.writer, [*values, *addresses], self.order, self._is_overwritten)
         self._declare_scalars()
         self.text.open("")
         self._start_folds()
         self._loop(0, temps)
         self.text.close()
         return self.text.lines
+
+    def _is_overwritten(self, e: Expr) -> bool:
+        """Whether the memory that an expression reads may be written by a sink of the nest."""
+        if e.op == "load":
+            return any(isinstance(sink, Store | Atomic) for sink in self.nest.sinks)
+        written = [sink.buffer for sink in self.nest.sinks if isinstance(sink, Write)]
+        return e.op == "element" and e.attr in written
 
     def _declare_scalars(self) -> None:
         for sink in self.nest.sinks:

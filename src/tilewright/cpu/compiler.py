@@ -153,9 +153,9 @@ def _kernel(module: Any, metadata: dict[str, Any], options: Options) -> bytes:
 
 def _executor(options: Options) -> str:
     """What runs the kernel. Without a C compiler that is the interpreter, which is said once."""
-    from tilewright.cpu.build import compiler
+    from tilewright.platforms.cpu import c_compiler
 
-    if options.executor == "native" and compiler() is None:
+    if options.executor == "native" and c_compiler() is None:
         _warn_of_missing_compiler()
         return "interpreter"
     return options.executor

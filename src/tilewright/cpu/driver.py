@@ -20,6 +20,11 @@ if TYPE_CHECKING:
     import torch
 
 
+def current_device() -> tuple[str, str, bool]:
+    """The processor and how it is to run kernels now."""
+    return (BACKEND, settings.cpu_executor(), settings.cpu_sanitize())
+
+
 class CPUDriver(DriverBase):  # type: ignore[misc]
     """The host's processor."""
 
@@ -52,7 +57,7 @@ class CPUDriver(DriverBase):  # type: ignore[misc]
 
     def get_current_device(self) -> tuple[str, str, bool]:
         """The current device. Triton keeps kernels by it, so it differs from other targets' and between ways to run."""
-        return (BACKEND, settings.cpu_executor(), settings.cpu_sanitize())
+        return current_device()
 
     def set_current_device(self, device: Any) -> None:
         """There is one device."""

@@ -407,7 +407,11 @@ class _Machine:
                 text = _texts(x[lane].reshape(-1), element, bool(operation.attributes.get("hex")), is_signed[number])
                 label = f"(operand {number}) " if len(operands) > 1 else ""
                 for place, one in enumerate(text):
-                    index = torch.unravel_index(torch.tensor(place), x.shape[1:]) if x.dim() > 1 else ()
+                    index = (
+                        torch.unravel_index(torch.tensor(place, device=numerics.CPU), x.shape[1:])
+                        if x.dim() > 1
+                        else ()
+                    )
                     print(f"pid {program} idx ({', '.join(str(int(i)) for i in index)}){prefix}{label}{one}")
 
 

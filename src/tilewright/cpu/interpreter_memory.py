@@ -146,7 +146,7 @@ class StorageCheck:
         if not bool(bad.any()):
             return
         place = int(bad.reshape(-1).to(torch.uint8).argmax())
-        lane, *index = torch.unravel_index(torch.tensor(place), bad.shape)
+        lane, *index = torch.unravel_index(torch.tensor(place, device=numerics.CPU), bad.shape)
         kind = {"tt.load": "load", "tt.store": "store"}.get(access.operation.name, "atomic")
         program = access.lanes.program(int(lane) if bad.shape[0] > 1 else access.lanes.first())
         where = f"program {program}" + (f", index {tuple(map(int, index))} of the tile" if index else "")

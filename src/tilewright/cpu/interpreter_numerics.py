@@ -104,7 +104,7 @@ def narrow_towards_zero(x: Tensor, element: Element) -> Tensor:
     too_far = widen(nearest, element).to(torch.float64).abs() > x.to(torch.float64).abs()
     if nearest.dtype == torch.uint8:
         beyond = x.isinf() if str(element) == "f8E5M2" else torch.zeros_like(too_far)
-        return nearest - (too_far & ~beyond).to(torch.uint8) + beyond.to(torch.uint8)  # the next code is infinity
+        return nearest - too_far.to(torch.uint8) + beyond.to(torch.uint8)  # the next code is infinity
     bits = nearest.view(_INTS[element.bits])
     return (bits - too_far.to(bits.dtype)).view(nearest.dtype)
 

@@ -7,12 +7,12 @@ not here is refused.
 from __future__ import annotations
 
 _C_MATH = (
-    "acos", "acosh", "asin", "asinh", "atan", "atan2", "atanh", "cbrt", "ceil", "copysign", "cos", "cosh", "erf", "erfc",
-    "exp", "exp2", "expm1", "fabs", "fdim", "floor", "fma", "fmod", "hypot", "log", "log10", "log1p", "log2", "nearbyint",
+    "acos", "acosh", "asin", "asinh", "atan", "atan2", "atanh", "ceil", "copysign", "cos", "cosh", "erf", "erfc",
+    "exp", "exp2", "expm1", "fabs", "fdim", "floor", "fma", "fmod", "hypot", "log", "log1p", "log2", "nearbyint",
     "pow", "remainder", "rint", "round", "sin", "sinh", "sqrt", "tan", "tanh", "tgamma", "trunc",
 )  # fmt: skip
 _ROUNDED_TO_INTEGER = ("llrint", "llround")
-_OURS = ("rsqrt", "exp10", "rcbrt")
+_OURS = ("rsqrt", "exp10", "rcbrt", "cbrt", "log10")
 
 NATIVE: dict[str, str] = {
     **{f"__nv_{name}": name for name in _C_MATH},
@@ -21,8 +21,8 @@ NATIVE: dict[str, str] = {
     **{f"__nv_{name}f": f"{name}f" for name in _ROUNDED_TO_INTEGER},
     **{f"__nv_{name}": f"tw_{name}" for name in _OURS},
     **{f"__nv_{name}f": f"tw_{name}f" for name in _OURS},
-    **{f"__nv_fast_{name}f": f"{name}f" for name in ("cos", "exp", "log", "log2", "log10", "pow", "sin", "tan")},
-    "__nv_fast_exp10f": "tw_exp10f",
+    **{f"__nv_fast_{name}f": f"{name}f" for name in ("cos", "exp", "log", "log2", "pow", "sin", "tan")},
+    "__nv_fast_exp10f": "tw_exp10f", "__nv_fast_log10f": "tw_log10f",
     "__nv_isnanf": "tw_isnanf", "__nv_isnand": "tw_isnan", "__nv_isinff": "tw_isinff", "__nv_isinfd": "tw_isinf",
     "__nv_finitef": "tw_isfinitef", "__nv_isfinited": "tw_isfinite",
     "__nv_signbitf": "tw_signbitf", "__nv_signbitd": "tw_signbit", "__nv_saturatef": "tw_saturatef",

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from tilewright.cpu.diagnostics import unsupported
 from tilewright.cpu.libdevice import NATIVE
 from tilewright.cpu.ttir import Bits, Dense
-from tilewright.cpu.types import F32, I1, I8, Element, Pointer, Tensor, element_of
+from tilewright.cpu.types import F32, F64, I1, I8, Element, Pointer, Tensor, element_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -118,6 +118,8 @@ def _negate(make: Expressions, operation: Operation, args: list[Expr]) -> Expr:
 
 
 def _math(make: Expressions, operation: Operation, args: list[Expr]) -> Expr:
+    if operation.name == "math.fma" and args[0].type.is_small_float:
+        return make.make("fcast", args[0].type, (make.make("oddfma", F64, args),))
     return rounded(make, make.make(_MATH[operation.name], _compute(args[0].type), args), args[0].type)
 
 

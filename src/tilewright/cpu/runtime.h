@@ -1,7 +1,7 @@
 /* What every native kernel includes: number formats, integer arithmetic that wraps, functions, tile products, messages.
  *
  * Small floats (fp16, bf16, fp8) live in registers and local memory as fp32 that holds a value of theirs; the functions
- * tw_round_* make one, tw_*_bits and tw_bits_* turn it into what lies in memory and back. Conversions round to nearest
+ * tw_round_* make one, tw_*_bits and tw_bits_* turn it into what lies in memory and back, NaN with its payload. Conversions round to nearest
  * even; those to fp8 saturate, infinities included, as GPUs do. Everything is free of branches, so that compilers
  * vectorise it.
  */
@@ -37,7 +37,7 @@ TW_INLINE int16_t tw_f16_bits(float x) {
     uint32_t normal = (a - 0x38000000u + 0xfffu + ((a >> 13) & 1u)) >> 13;
     /* Below 2^-14 the addition of 0.5 rounds to multiples of 2^-24. */
     uint32_t small = (uint32_t)tw_float_bits(tw_bits_float((int32_t)a) + 0.5f) - 0x3f000000u;
-    uint32_t nan = 0x7e00u | ((a >> 13) & 0x3ffu);
+    uint32_t nan = 0x7c00u | ((a >> 13) & 0x3ffu) | ((uint32_t)(((a >> 13) & 0x3ffu) == 0u) << 9);
     uint32_t h = a < 0x38800000u ? small : normal;
     h = a >= 0x47800000u ? 0x7c00u : h;
     h = a > 0x7f800000u ? nan : h;
@@ -59,13 +59,17 @@ TW_INLINE int8_t tw_e5m2_bits(float x) {
     uint32_t small = (uint32_t)tw_float_bits(tw_bits_float((int32_t)a) + 128.0f) - 0x43000000u;
     uint32_t nan = 0x7cu | ((a >> 21) & 3u) | (uint32_t)(((a >> 21) & 3u) == 0u);
     uint32_t b = a < 0x38800000u ? small : normal;
-    b = b > 0x7bu ? 0x7bu : b;
+    b = b > 0x7cu ? 0x7cu : b;
     b = a > 0x7f800000u ? nan : b;
     return (int8_t)(b | sign);
 }
 
 TW_INLINE float tw_bits_e5m2(int8_t b) { return tw_bits_f16((int16_t)((uint16_t)(uint8_t)b << 8)); }
-TW_INLINE float tw_round_e5m2(float x) { return tw_bits_e5m2(tw_e5m2_bits(x)); }
+TW_INLINE float tw_round_e5m2(float x) {
+    float clamped = x > 57344.0f ? 57344.0f : x;
+    clamped = clamped < -57344.0f ? -57344.0f : clamped;
+    return tw_bits_e5m2(tw_e5m2_bits(clamped));
+}
 
 TW_INLINE int8_t tw_e4m3_bits(float x) {
     uint32_t u = (uint32_t)tw_float_bits(x), sign = (u >> 24) & 0x80u, a = u & 0x7fffffffu;
@@ -84,17 +88,17 @@ TW_INLINE float tw_bits_e4m3(int8_t b) {
 }
 TW_INLINE float tw_round_e4m3(float x) { return tw_bits_e4m3(tw_e4m3_bits(x)); }
 
-/* Towards zero: one step back where rounding to nearest went up. */
-#define TW_TOWARDS_ZERO(name, bits_type, largest)                                                              \
+/* Towards zero: one step back where rounding to nearest went up. Infinity stays, where the format has it. */
+#define TW_TOWARDS_ZERO(name, bits_type)                                                                       \
     TW_INLINE float tw_rtz_##name(float x) {                                                                   \
         bits_type b = tw_##name##_bits(x);                                                                     \
         bool up = fabsf(tw_bits_##name(b)) > fabsf(x);                                                         \
         bits_type down = (bits_type)(b - 1);                                                                   \
         return tw_bits_##name(up ? down : b);                                                                  \
     }
-TW_TOWARDS_ZERO(f16, int16_t, 0x7bff)
-TW_TOWARDS_ZERO(e5m2, int8_t, 0x7b)
-TW_TOWARDS_ZERO(e4m3, int8_t, 0x7e)
+TW_TOWARDS_ZERO(f16, int16_t)
+TW_TOWARDS_ZERO(e5m2, int8_t)
+TW_TOWARDS_ZERO(e4m3, int8_t)
 TW_INLINE float tw_rtz_bf16(float x) {
     uint32_t u = (uint32_t)tw_float_bits(x);
     return tw_bits_float((int32_t)((x != x ? u | 0x400000u : u) & 0xffff0000u));
@@ -112,6 +116,14 @@ TW_INLINE float tw_odd_double(double x) {
     int32_t u = tw_float_bits(f);
     if (fabs((double)f) > fabs(x)) u -= 1;
     return tw_bits_float(u | 1);
+}
+/* x y + z, inexact sums made odd likewise, for operands whose product is exact in fp64. */
+TW_INLINE double tw_odd_fma(float x, float y, float z) {
+    double product = (double)x * (double)y, sum = product + (double)z;
+    double part = sum - product, lost = (product - (sum - part)) + ((double)z - part);
+    int64_t u = tw_double_bits(sum);
+    bool step = (lost != 0) & (fabs(sum) < INFINITY) & ((u & 1) == 0);
+    return tw_bits_double(u + (step ? ((lost > 0) == (sum > 0) ? 1 : -1) : 0));
 }
 TW_INLINE float tw_odd_unsigned(uint64_t x) {
     if (x < (1u << 24)) return (float)x;
@@ -181,7 +193,9 @@ TW_INLINE int32_t tw_ffs64(int64_t a) { return __builtin_ffsll(a); }
     TW_INLINE type tw_maximum##suffix(type a, type b) { type m = a > b ? a : b; return a != a ? a : m; }       \
     TW_INLINE type tw_minimum##suffix(type a, type b) { type m = a < b ? a : b; return a != a ? a : m; }       \
     TW_INLINE type tw_rsqrt##suffix(type a) { return 1 / sqrt##suffix(a); }                                    \
-    TW_INLINE type tw_rcbrt##suffix(type a) { return 1 / cbrt##suffix(a); }                                    \
+    TW_INLINE type tw_cbrt##suffix(type a) { return (type)cbrtl(a); }                                          \
+    TW_INLINE type tw_log10##suffix(type a) { return (type)log10l(a); }                                        \
+    TW_INLINE type tw_rcbrt##suffix(type a) { return (type)(1 / cbrtl(a)); }                                   \
     TW_INLINE type tw_exp10##suffix(type a) { return pow##suffix(10, a); }                                     \
     TW_INLINE int32_t tw_isnan##suffix(type a) { return a != a; }                                              \
     TW_INLINE int32_t tw_isinf##suffix(type a) { return fabs##suffix(a) == INFINITY; }                         \

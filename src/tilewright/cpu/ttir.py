@@ -294,7 +294,7 @@ class _Reader:
         self.expect("{")
         self.values.append({})
         blocks: list[Block] = []
-        if self.kind() != "block":
+        if self.kind() != "block" and self.peek() != "}":
             blocks.append(Block(""))
         while not self.accept("}"):
             if self.kind() == "block":

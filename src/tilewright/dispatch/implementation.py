@@ -79,7 +79,8 @@ class Implementation:
 def triton_verdict(device: DeviceFacts) -> Verdict:
     """Whether a Triton kernel can run on this device at all."""
     if device.triton == "compiled":
-        return Supported("compiled for this device")
+        return Supported(device.triton_note or "compiled for this device")
     if device.triton == "interpreted":
-        return Supported("Triton's interpreter (TRITON_INTERPRET=1), slow and for tests", on_request=True)
-    return Unsupported(f"Triton has no target for {device.kind} here")
+        note = device.triton_note or "Triton's interpreter (TRITON_INTERPRET=1), slow and for tests"
+        return Supported(note, on_request=True)
+    return Unsupported(device.triton_note or f"Triton has no target for {device.kind} here")

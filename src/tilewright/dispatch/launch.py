@@ -12,10 +12,11 @@ from __future__ import annotations
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from tilewright import cpu, settings
 from tilewright.platforms import current_index
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     import torch
 
@@ -55,6 +56,8 @@ class BoundKernel:
             return
         compiled, run, function, metadata, home, current_device, stream_of, hooks = self._ready
         if current_device() != home:
+            if self._device.type == "cpu":  # kernels are to run another way from now on
+                self._ready = None
             with _current(self._device):
                 self(tensors, *scalars)
             return
@@ -65,7 +68,10 @@ class BoundKernel:
         if watched:  # a profiler wants to know of each launch
             compiled[(self._grid, 1, 1)](*tensors, *scalars, *self._tail)
             return
-        pointers = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
+        if self._device.type == "cpu":
+            pointers: Sequence[Any] = tensors  # the CPU target asks whether their memory overlaps
+        else:
+            pointers = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
         run(
             self._grid, 1, 1, stream_of(home), function, metadata, None, None, None, *pointers, *scalars, *self._tail
         )  # fmt: skip
@@ -78,9 +84,9 @@ class _Ready(NamedTuple):
     run: Callable[..., None]
     function: Any
     metadata: Any
-    home: int
-    current_device: Callable[[], int]
-    stream_of: Callable[[int], int]
+    home: Any
+    current_device: Callable[[], Any]
+    stream_of: Callable[[Any], int]
     hooks: Any
 
 
@@ -97,16 +103,23 @@ def _ready(compiled: Any, device: torch.device) -> _Ready | None:
         function=compiled.function,
         metadata=compiled.packed_metadata,
         home=driver.active.get_current_device(),
-        current_device=current_index(device),
+        current_device=_current_cpu if device.type == "cpu" else current_index(device),
         stream_of=driver.active.get_current_stream,
         hooks=knobs.runtime,
     )
 
 
+def _current_cpu() -> Any:
+    """The processor, as Triton's driver for it sees it."""
+    from tilewright.cpu.driver import current_device
+
+    return current_device()
+
+
 def _current(device: torch.device) -> Any:
-    """A context in which ``device`` is the current one."""
+    """A context in which ``device`` is Triton's current one."""
     if device.type == "cpu":
-        return nullcontext()
+        return nullcontext() if settings.triton_interpret() else cpu.active()
     import torch
 
     return torch.get_device_module(device).device(device)

@@ -28,6 +28,7 @@ class DeviceFacts:
         name: the product's name, for people.
         n_units: multiprocessors, compute units or cores.
         triton: how Triton kernels run there: ``"compiled"``, ``"interpreted"``, or ``""`` for not at all.
+        triton_note: more on that for people, where there is more to say.
     """
 
     kind: str
@@ -35,6 +36,7 @@ class DeviceFacts:
     name: str = ""
     n_units: int = 1
     triton: str = ""
+    triton_note: str = ""
 
     def __str__(self) -> str:
         return " ".join(part for part in (self.kind, self.arch, f"({self.name})" if self.name else "") if part)

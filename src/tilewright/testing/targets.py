@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from tilewright import settings
+from tilewright.platforms import facts
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -31,9 +31,9 @@ class Target:
 
 
 def targets() -> tuple[Target, ...]:
-    """Every target that this machine has: the reference, Triton's interpreter where it is on, and the accelerator."""
+    """Every target that this machine has: the reference, Triton where it runs on the CPU, and the accelerator."""
     found = [Target("reference", torch.device("cpu"))]
-    if settings.triton_interpret():
+    if facts(torch.device("cpu")).triton:
         found.append(Target("triton", torch.device("cpu")))
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     if accelerator is not None:
