@@ -329,6 +329,21 @@ def test_fma_and_root_round_once(dtype: torch.dtype) -> None:
         assert low**2 <= Fraction(value) <= high**2
 
 
+def test_fma_at_the_ends_of_f64() -> None:
+    big, inf, nan = 1e300, math.inf, math.nan
+    cases = [
+        *[(big, big, 1.0, inf), (big, -big, 1.0, -inf), (big, big, -inf, -inf), (big, 1e9, -inf, -inf)],
+        *[(inf, 0.0, 1.0, nan), (inf, 1.0, -inf, nan), (nan, 1.0, 1.0, nan), (1.0, 2.0, nan, nan)],
+        *[(1e-200, 1e-200, 0.0, 0.0), (1e-200, -1e-200, 5e-324, 5e-324), (2.0, -3.0, 6.0, 0.0), (0.0, -1.0, 4.0, 4.0)],
+        *[(2.0**600, 2.0**500, -(2.0**1023), inf), (2.0**512, 2.0**511, -(2.0**1023), 0.0), (inf, 2.0, 1.0, inf)],
+        (2.0**512, 2.0**512, -(2.0**1023), 2.0**1023),  # the product alone overflows
+    ]
+    x, y, z, expected = (torch.tensor(column, dtype=torch.float64) for column in zip(*cases, strict=True))
+    fma, root = torch.zeros_like(x), torch.zeros_like(x)
+    launch(rounded_kernel, (1,), x, y, z, fma, root, BLOCK=16)
+    assert_same(fma, expected)
+
+
 PREDICATES = (
     *("false", "oeq", "ogt", "oge", "olt", "ole", "one", "ord"),
     *("ueq", "ugt", "uge", "ult", "ule", "une", "uno", "true"),

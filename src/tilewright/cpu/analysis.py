@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 _WORTH_STORING = 10
 """A tile that is used twice is stored if an element costs as much as this."""
 
+_INDEX_WORTH_STORING = 60
+"""The same for arithmetic on indices alone, which is mostly done outside the innermost loop."""
+
 _TOO_LONG = 400
 """A tile is stored if its expression would cost more, used twice or not: the text of a nest stays within bounds."""
 
@@ -46,6 +49,7 @@ class Analysis:
     stored: set[Value] = field(default_factory=set)
     roots: dict[Value, frozenset[Value | str]] = field(default_factory=dict)
     last_use: dict[Value, int] = field(default_factory=dict)
+    index_only: set[Value] = field(default_factory=set)
 
     def is_lazy(self, operation: Operation) -> bool:
         """Whether the operation's tile is computed where its elements are needed."""
@@ -84,11 +88,13 @@ def analyse(function: Operation, aliased: bool) -> Analysis:
     _find_roots(facts, function)
     operations = sorted(facts.position, key=lambda operation: facts.position[operation])
     effects = [operation for operation in operations if operation.name in WRITES or operation.name == "tt.call"]
-    for operation in operations:
-        _find_cost(facts, operation)
-    # From the last to the first: what is stored later decides how often an earlier tile is read.
-    for operation in reversed(operations):
-        _decide(facts, operation, effects, aliased)
+    for _ in range(2):  # the first round's choices make elements cheap that the second need not store
+        before, facts.stored = facts.stored, set()
+        for operation in operations:
+            _find_cost(facts, operation, before)
+        # From the last to the first: what is stored later decides how often an earlier tile is read.
+        for operation in reversed(operations):
+            _decide(facts, operation, effects, aliased)
     return facts
 
 
@@ -173,10 +179,16 @@ def branches(operation: Operation) -> list[tuple[Block, list[Value]]]:
     return list(zip(operation.successors, (then, otherwise), strict=True))
 
 
-def _find_cost(facts: Analysis, operation: Operation) -> None:
+def _find_cost(facts: Analysis, operation: Operation, stored: set[Value]) -> None:
+    """What an element of the operation's tiles costs, where tiles in ``stored`` are only read."""
     if not is_lazy(operation):
         return
-    inputs = sum(facts.cost.get(operand, 0) for operand in operation.operands)
+    inputs = sum(1 if operand in stored else facts.cost.get(operand, 0) for operand in operation.operands)
+    if operation.name not in {"tt.load", "tt.gather"} and all(
+        operand not in stored and (not isinstance(operand.type, Tensor) or operand in facts.index_only)
+        for operand in operation.operands
+    ):
+        facts.index_only |= {r for r in operation.results if not getattr(element_of_or_none(r), "is_float", True)}
     own = 0 if operation.name in MOVES or operation.name == "arith.constant" else pointwise.cost(operation)
     if operation.name == "tt.load":
         own = pointwise.COSTS["load"]
@@ -197,7 +209,8 @@ def _decide(facts: Analysis, operation: Operation, effects: list[Operation], ali
         facts.last_use[result] = last
         if result in facts.stored:
             continue
-        dear = facts.cost[result] >= _WORTH_STORING
+        threshold = _INDEX_WORTH_STORING if result in facts.index_only else _WORTH_STORING
+        dear = facts.cost[result] >= threshold
         elsewhere = any(facts.block_of[user] is not facts.block_of[operation] for user in users)
         if dear and (len(users) > 1 or elsewhere or any(_repeats(user, result) for user in users)):
             facts.stored.add(result)

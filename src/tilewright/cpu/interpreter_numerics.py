@@ -154,15 +154,17 @@ def _add_to_odd(a: Tensor, b: Tensor) -> Tensor:
 def exact_fma(a: float, b: float, c: float) -> float:
     """``a * b + c``, rounded once to f64."""
     plain = a * b + c
-    if not (math.isfinite(a) and math.isfinite(b) and math.isfinite(c)):
+    if not (math.isfinite(a) and math.isfinite(b)):
         return plain
+    if not math.isfinite(c):  # the product may overflow to the other infinity
+        return c
     exact = Fraction(a) * Fraction(b) + Fraction(c)
     if not exact:  # plain has the right sign
         return plain
     try:
         return float(exact)
     except OverflowError:
-        return math.copysign(math.inf, exact)
+        return math.inf if exact > 0 else -math.inf
 
 
 def fma(a: Tensor, b: Tensor, c: Tensor, element: Element) -> Tensor:
