@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from tilewright import cli
+from tilewright.bench import cpu_target
 from tilewright.ops import families
 
 FUNCTIONS = [function for family in families() for function in family.functions]
@@ -56,6 +57,8 @@ def test_explain_a_workload(capsys):
         (("explain", "rope", "--impl", "cudnn"), "cudnn"),
         (("explain", "rope", "--device", "nowhere"), "nowhere"),
         (("bench", "nothing"), "nothing"),
+        (("bench", "cpu", "--dtype", "float16"), "dtype"),
+        (("bench", "cpu", "--workloads", "add"), "workloads"),
         (("demo", "--steps", "0"), "steps"),
     ],
 )
@@ -64,6 +67,28 @@ def test_errors_are_one_line_without_a_traceback(capsys, argv, named):
     assert status == cli.EXIT_ERROR
     assert err.startswith("tilewright: error: ")
     assert named in err
+
+
+CPU_RECORDS = [
+    {"record": "run", "device": "A Processor", "target": "none", "environment": {"torch": {"threads": 1}}},
+    {"record": "result", "workload": "add", "dtype": "float32", "provider": "triton", "status": "ok", "reason": ""},
+]
+
+
+@pytest.mark.parametrize("quick", [True, False])
+@pytest.mark.parametrize("right", [True, False])
+def test_bench_cpu(capsys, monkeypatch, tmp_path, quick, right):
+    asked = []
+    records = [*CPU_RECORDS, {**CPU_RECORDS[1], "status": "ok" if right else "wrong", "reason": "it is off"}]
+    monkeypatch.setattr(cpu_target, "measure", lambda quick, say=None: asked.append(quick) or records)
+    options = ["--output", str(tmp_path), *(["--quick"] if quick else [])]
+    status, out, _ = run(capsys, "bench", "cpu", *options, "--json")
+    assert json.loads(out) == records
+    shown = run(capsys, "bench", "cpu", *options)
+    assert ("it is off" in shown[1]) != right
+    assert status == shown[0] == (0 if right else cli.EXIT_DISAGREEMENT)
+    assert asked == [quick, quick]
+    assert [json.loads(line) for line in (tmp_path / "cpu-a-processor.jsonl").read_text().splitlines()] == records
 
 
 def test_an_unknown_command_is_refused_by_the_parser(capsys):

@@ -10,7 +10,7 @@ import json
 import sys
 from typing import TYPE_CHECKING, Any
 
-from tilewright.errors import TilewrightError, UnknownNameError
+from tilewright.errors import ArgumentError, TilewrightError, UnknownNameError
 from tilewright.optional import require
 
 if TYPE_CHECKING:
@@ -59,16 +59,18 @@ def _parser() -> argparse.ArgumentParser:
     explain.add_argument("--device", help="by default the accelerator, else the CPU")
     explain.add_argument("--impl", help="ask for this implementation")
 
-    bench = command("bench", _bench, "measure an operation against its peers")
-    bench.add_argument("family", help="an operation family, such as rope")
+    bench = command("bench", _bench, "measure an operation against its peers, or the compiled CPU target")
+    bench.add_argument("family", help="an operation family, such as rope, or `cpu`: plain Triton kernels on the CPU")
     bench.add_argument("--providers", nargs="+", help="what to measure (default: all that are installed)")
     bench.add_argument("--workloads", nargs="+", help="which shapes, by name (default: all)")
-    bench.add_argument("--directions", nargs="+", default=["forward", "backward"], choices=["forward", "backward"])
-    bench.add_argument("--dtype", default="bfloat16")
+    bench.add_argument(
+        "--directions", nargs="+", choices=["forward", "backward"], help="which of forward and backward (default: both)"
+    )
+    bench.add_argument("--dtype", help="of the workloads (default: bfloat16)")
     bench.add_argument("--device", help="by default the accelerator, else the CPU")
     bench.add_argument("--output", default="bench-results", help="folder for records and plots")
     bench.add_argument(
-        "--quick", action=argparse.BooleanOptionalAction, help="few repetitions (default on a CPU: yes, else no)"
+        "--quick", action=argparse.BooleanOptionalAction, help="few repetitions (default: for a family on a CPU)"
     )
 
     demo = command("demo", _demo, "train a small decoder with plain PyTorch parts and with tilewright's, and compare")
@@ -126,14 +128,16 @@ def _explain(arguments: argparse.Namespace) -> int:
 
 
 def _bench(arguments: argparse.Namespace) -> int:
+    if arguments.family == "cpu":
+        return _bench_cpu(arguments)
     from tilewright.bench import runner
 
     result = runner.run(
         arguments.family,
         device=arguments.device,
-        dtype=arguments.dtype,
+        dtype=arguments.dtype or "bfloat16",
         providers=arguments.providers,
-        directions=arguments.directions,
+        directions=arguments.directions or ("forward", "backward"),
         workloads=arguments.workloads,
         output=arguments.output,
         quick=arguments.quick,
@@ -142,6 +146,15 @@ def _bench(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps(list(result.records)))
     return EXIT_DISAGREEMENT if result.wrong else 0
+
+
+def _bench_cpu(arguments: argparse.Namespace) -> int:
+    for option in ("providers", "workloads", "directions", "dtype", "device"):
+        if getattr(arguments, option) is not None:
+            raise ArgumentError("bench cpu", option, "this benchmark has workloads of its own; leave the option out")
+    from tilewright.bench import cpu_target
+
+    return cpu_target.main(arguments.output, quick=bool(arguments.quick), json_output=arguments.json)
 
 
 def _demo(arguments: argparse.Namespace) -> int:

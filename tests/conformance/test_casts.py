@@ -81,7 +81,8 @@ def integers_near_ties(source: Dtype, target: Dtype) -> torch.Tensor:
 
 def in_range(x: torch.Tensor, target: Dtype) -> torch.Tensor:
     """A float outside the integer's range has no defined conversion."""
-    values = to_numpy(x).astype(np.longdouble)
+    with np.errstate(invalid="ignore"):  # a signalling NaN
+        values = to_numpy(x).astype(np.longdouble)
     whole = np.trunc(np.where(np.isfinite(values), values, np.inf))
     return x[torch.from_numpy((whole >= target.min) & (whole <= target.max))]
 

@@ -110,7 +110,12 @@ def step(x, OP: tl.constexpr, ARGUMENT: tl.constexpr):
     if OP == 0:
         y = tl.reshape(x, ARGUMENT)
     elif OP == 1:
-        y = tl.permute(x, ARGUMENT)
+        if len(x.shape) == 2:
+            y = tl.permute(x, ARGUMENT[0], ARGUMENT[1])
+        elif len(x.shape) == 3:
+            y = tl.permute(x, ARGUMENT[0], ARGUMENT[1], ARGUMENT[2])
+        else:
+            y = tl.permute(x, ARGUMENT[0], ARGUMENT[1], ARGUMENT[2], ARGUMENT[3])
     elif OP == 2:
         y = tl.expand_dims(x, ARGUMENT)
     elif OP == 3:

@@ -355,34 +355,48 @@ def _target() -> str:
         return explain_failure(error)
 
 
-def main(output: Path | None = None, quick: bool = False, console: Console | None = None) -> int:
+def main(
+    output: Path | str | None = None, quick: bool = False, console: Console | None = None, json_output: bool = False
+) -> int:
     """Measure the compiled CPU target, write the records and print them.
 
     Args:
         output: a folder, or a file that ends in ``.jsonl``; by default the folder ``bench-results``.
         quick: fewer samples and workloads.
         console: where the tables go; by default the terminal.
+        json_output: print the records as JSON instead, and do without ``rich``.
 
     Returns:
         0 if everything could be measured and was right, else 1. A target that is missed is shown and is no failure.
 
     Raises:
         BenchmarkError: Triton's interpreter is on, so that nothing would be compiled.
-        MissingDependencyError: ``rich`` or Triton is missing.
+        MissingDependencyError: Triton is missing, or ``rich``, and ``json_output`` does not do without.
     """
-    require("rich.console", "tilewright bench cpu")
-    from rich.console import Console
-
-    console = Console() if console is None else console
     if settings.triton_interpret():
         raise BenchmarkError("bench cpu: Triton's interpreter is on, so nothing is compiled; unset TRITON_INTERPRET")
-    with console.status("bench cpu") as status:
-        found = measure(quick, lambda what: status.update(f"bench cpu: {what}"))
+    require("triton", "tilewright bench cpu")
+    if json_output:
+        found = measure(quick)
+        _write(output, found)
+        print(json.dumps(found))
+    else:
+        require("rich.console", "tilewright bench cpu without --json")
+        from rich.console import Console
+
+        console = Console() if console is None else console
+        with console.status("bench cpu") as status:
+            found = measure(quick, lambda what: status.update(f"bench cpu: {what}"))
+        path = _write(output, found)
+        show(found, console)
+        console.print(f"records: {path}", soft_wrap=True, highlight=False, markup=False)
+    return int(any(record.get("status", "ok") != "ok" for record in found))
+
+
+def _write(output: Path | str | None, found: list[Record]) -> Path:
     path = _path(Path("bench-results") if output is None else Path(output), found[0]["device"])
     records.write(path, found)
-    show(found, console)
-    console.print(f"records: {path}", soft_wrap=True, highlight=False, markup=False)
-    return int(any(record.get("status", "ok") != "ok" for record in found))
+    return path
 
 
 def _path(output: Path, device: str) -> Path:

@@ -192,6 +192,8 @@ def _find_cost(facts: Analysis, operation: Operation, stored: set[Value]) -> Non
     own = 0 if operation.name in MOVES or operation.name == "arith.constant" else pointwise.cost(operation)
     if operation.name == "tt.load":
         own = pointwise.COSTS["load"]
+        if all(o in facts.index_only or not isinstance(o.type, Tensor) for o in operation.operands[:2]):
+            inputs = 0  # the address is mostly found outside the innermost loop, and the element is in the cache
     for result in operation.results:
         facts.cost[result] = inputs + own
         if inputs + own > _TOO_LONG:

@@ -87,7 +87,13 @@ class Writer:
             pointer = e.args[0] if e.op == "load" else e
             base, offset, _ = self.address(pointer)
             return (base, offset, *(e.args[1:] if e.op == "load" else ()))
+        if e.op == "element":
+            return (self.position(e.args[0]),)
         return e.args
+
+    def position(self, e: Expr) -> Expr:
+        """A position in a buffer, as a 64-bit number that compilers know not to wrap."""
+        return self.make.offset([(e, 1)], self.order)
 
     def place(self, pointer: Expr, names: Names) -> str:
         """The element that a pointer leads to."""
@@ -120,7 +126,7 @@ class Writer:
         if e.op in {"var", "index"}:
             return str(e.attr)
         if e.op == "element":
-            return f"{e.attr.name}[{self.text(e.args[0], names)}]"
+            return f"{e.attr.name}[{self.text(self.position(e.args[0]), names)}]"
         if e.op == "load":
             return self._load(e, names)
         if e.op == "addptr":

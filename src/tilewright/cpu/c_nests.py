@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from tilewright.cpu.c_expressions import Writer, c_type, to_memory
 from tilewright.cpu.expressions import depth
+from tilewright.cpu.guards import without_masks
 from tilewright.cpu.loops import Atomic, Buffer, Fold, Nest, Store, Write
 from tilewright.cpu.types import F64, Pointer
 
@@ -103,15 +104,32 @@ class NestWriter:
 
     def lines(self) -> list[str]:
         """The nest as lines of C."""
+        self._declare_scalars()
+        found = None if self.checked or self.nest.serial or not self.order else without_masks(self.writer.make, self.nest)
+        if found is None:
+            return [*self.text.lines, *self._body()]
+        condition, bare = found
+        fast = NestWriter(self.writer.make, bare, self.checked)
+        if condition.op == "const":
+            return [*self.text.lines, *fast._body()]
+        guard = self.writer.text(condition, {})
+        head, self.text.lines = self.text.lines, []
+        return [*head, f"    if ({guard})", *fast._body(), "    else", *self._body()]
+
+    def _body(self) -> list[str]:
+        """The loops, in a block."""
         from tilewright.cpu.collectives import roots_of
 
+        self.text.lines = []
+
         roots = [root for sink in self.nest.sinks for root in roots_of(sink)]
+        positions = [sink.position for sink in self.nest.sinks if not isinstance(sink, Store)]
         pointers = [sink.pointer for sink in self.nest.sinks if isinstance(sink, Store | Atomic)]
         # A pointer that is stored through is written as an address, not as a value.
         addresses = [part for pointer in pointers for part in self.writer.address(pointer)[:2]]
-        values = [root for root in roots if not any(root is pointer for pointer in pointers)]
+        values = [root for root in roots if not any(root is other for other in [*pointers, *positions])]
+        values += [self.writer.position(position) for position in positions]
         temps = temporaries(self.writer, [*values, *addresses], self.order, self._is_overwritten)
-        self._declare_scalars()
         self.text.open("")
         self._start_folds()
         self._loop(0, temps)
@@ -145,6 +163,10 @@ class NestWriter:
     def value(self, e: Expr) -> str:
         """The expression's text."""
         return self.writer.text(e, self.names)
+
+    def position(self, e: Expr) -> str:
+        """The text of a position in a buffer."""
+        return self.value(self.writer.position(e))
 
     def _loop(self, level: int, temps: list[tuple[int, Expr]]) -> None:
         """The loop at a level and all inside it, after what is computed before it."""
@@ -198,7 +220,7 @@ class NestWriter:
                 self.text.close()
                 half //= 2
             for k, target in enumerate(fold.targets):
-                place = target if isinstance(target, str) else f"{target.name}[{self.value(fold.position)}]"
+                place = target if isinstance(target, str) else f"{target.name}[{self.position(fold.position)}]"
                 self.text.add(f"{place} = lane{number}_{k}[0];")
 
     def _combine(self, combine: Combine, left: Sequence[str], right: Sequence[str]) -> None:
@@ -209,7 +231,7 @@ class NestWriter:
 
     def _sink(self, sink: Sink) -> None:
         if isinstance(sink, Write):
-            self.text.add(f"{sink.buffer.name}[{self.value(sink.position)}] = {self.value(sink.value)};")
+            self.text.add(f"{sink.buffer.name}[{self.position(sink.position)}] = {self.value(sink.value)};")
         elif isinstance(sink, Store):
             self._store(sink)
         elif isinstance(sink, Atomic):
@@ -222,7 +244,7 @@ class NestWriter:
             self._fold(sink)
 
     def _fold(self, fold: Fold) -> None:
-        position = self.value(fold.position)
+        position = self.position(fold.position)
         places = [t if isinstance(t, str) else f"{t.name}[{position}]" for t in fold.targets]
         values = [self.value(value) for value in fold.values]
         if fold.combine.identity is not None:
@@ -275,7 +297,7 @@ class NestWriter:
             self.text.add(f"if ({mask}) (void){call};")
             return
         target = (
-            atomic.target if isinstance(atomic.target, str) else f"{atomic.target.name}[{self.value(atomic.position)}]"
+            atomic.target if isinstance(atomic.target, str) else f"{atomic.target.name}[{self.position(atomic.position)}]"
         )
         self.text.add(f"{target} = {mask} ? {call} : 0;")
 

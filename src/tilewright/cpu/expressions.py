@@ -90,6 +90,9 @@ class Expressions:
 
     def int_op(self, op: str, a: Expr, b: Expr) -> Expr:
         """``a op b`` for integers of one type, folded where both are constants or one is neutral."""
+        if a.type == I1 and op in {"and", "or"} and "const" in {a.op, b.op}:
+            known, other = (a, b) if a.op == "const" else (b, a)
+            return other if bool(known.attr) == (op == "and") else known
         if a.op == "const" and b.op == "const" and op in _FOLD and min(a.attr, b.attr) >= 0:
             return self.const(_FOLD[op](a.attr, b.attr), a.type)
         if b.op == "const":
@@ -174,6 +177,41 @@ class Expressions:
         for term, scale, _ in reversed(terms):
             total = self.int_op("add", total, self.int_op("mul", term, self.const(scale, I32)))
         return total
+
+    def span(self, e: Expr, bounds: dict[Expr, int]) -> tuple[int, int] | None:
+        """The least and the largest value of an integer expression of the loops' variables; None if that is not known."""
+        if e.op == "const" and isinstance(e.attr, int):
+            return e.attr, e.attr
+        if e in bounds:
+            return 0, bounds[e] - 1
+        if e.op in {"sext", "add", "sub", "mul"} and e.type != I1 and all(arg.type != I1 for arg in e.args):
+            spans = [self.span(arg, bounds) for arg in e.args]
+            if None in spans:
+                return None
+            (low, high), *others = (span for span in spans if span is not None)
+            if not others:
+                return low, high
+            (low_b, high_b), = others
+            if e.op == "sub":
+                low_b, high_b = -high_b, -low_b
+            corners = [low * low_b, low * high_b, high * low_b, high * high_b]
+            found = (min(corners), max(corners)) if e.op == "mul" else (low + low_b, high + high_b)
+            limit = 1 << (e.type.bits - 1)
+            return found if -limit <= found[0] and found[1] < limit else None
+        return None
+
+    def compare(self, predicate: str, a: Expr, b: Expr, bounds: dict[Expr, int]) -> Expr:
+        """A comparison of integers, settled where the loops' bounds settle it: masks of full tiles vanish."""
+        first, second = self.span(a, bounds), self.span(b, bounds)
+        if first is not None and second is not None:
+            if predicate[0] == "s" or (predicate[0] == "u" and min(first[0], second[0]) >= 0):
+                below, above = first[1] < second[0], first[0] > second[1]
+                reach, past = first[1] <= second[0], first[0] >= second[1]
+                always = {"lt": below, "le": reach, "gt": above, "ge": past}[predicate[1:]]
+                never = {"lt": past, "le": above, "gt": reach, "ge": below}[predicate[1:]]
+                if always or never:
+                    return self.const(int(always), I1)
+        return self.make("cmpi", I1, (a, b), predicate)
 
     # Offsets of memory accesses
 

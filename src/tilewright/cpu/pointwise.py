@@ -44,7 +44,7 @@ _CASTS = {
     "tt.ptr_to_int": "ptrtoint", "arith.index_cast": "sext",
 }  # fmt: skip
 
-COSTS = {"load": 12, "exp": 16, "exp2": 16, "log": 16, "log2": 16, "sin": 24, "cos": 24, "fdiv": 6, "sqrt": 6, "rsqrt": 8}
+COSTS = {"load": 4, "exp": 16, "exp2": 16, "log": 16, "log2": 16, "sin": 24, "cos": 24, "fdiv": 6, "sqrt": 6, "rsqrt": 8}
 """What an expression costs, in additions; 1 unless it stands here."""
 
 

@@ -25,6 +25,10 @@ def element(lowering: Lowering, operation: Operation, value: Value, index: Index
     if rule is not None:
         return rule(lowering, operation, value, index)
     args = [lowering.element(operand, index) for operand in operation.operands]
+    if operation.name == "arith.cmpi":
+        assert lowering.open is not None
+        predicate = pointwise.INT_PREDICATES[operation.attributes["predicate"]]
+        return lowering.make.compare(predicate, args[0], args[1], lowering.open.bounds)
     return pointwise.build(lowering.make, operation, args)
 
 
