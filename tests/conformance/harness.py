@@ -100,10 +100,15 @@ def gpu_differs(reason: str) -> pytest.MarkDecorator:
     return pytest.mark.skipif(ON_GPU, reason=f"GPU: {reason}")
 
 
+def since(version: str) -> bool:
+    """Whether the installed Triton is as new as that."""
+    return Version(triton.__version__).release >= Version(version).release
+
+
 def needs(feature: str) -> pytest.MarkDecorator:
     """Skip where the installed Triton is older than a version ("3.7") or lacks a name ("tl.topk")."""
     if feature[0].isdigit():
-        missing = Version(triton.__version__).release < Version(feature).release
+        missing = not since(feature)
     else:
         parts = feature.split(".")
         found = {"tl": tl, "triton": triton}[parts[0]]
@@ -241,7 +246,8 @@ def assert_close_ulps(
     wide = np.longdouble if expected.dtype == np.longdouble else np.float64
     got, want = actual.double().numpy().astype(wide), expected.astype(wide)
     unit = ulp(np.clip(want, dtype.min, dtype.max), dtype).astype(wide)
-    past = wide(dtype.max) + ulp(np.array([dtype.max], dtype=wide), dtype)[0]  # where the next float would be
+    with np.errstate(over="ignore"):  # float64 in itself
+        past = wide(dtype.max) + ulp(np.array([dtype.max], dtype=wide), dtype)[0]  # where the next float would be
     near = np.abs(np.where(np.isinf(got), np.copysign(past, got), got) - np.clip(np.nan_to_num(want), -past, past))
     exact_case = np.isnan(want) | np.isinf(want)
     same = (np.isnan(got) & np.isnan(want)) | (got == want)

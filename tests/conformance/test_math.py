@@ -289,6 +289,7 @@ def softmax_kernel(x_ptr, out_ptr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     tl.store(out_ptr + offsets, tl.softmax(tl.load(x_ptr + offsets), dim=1, keep_dims=True))
 
 
+@pytest.mark.filterwarnings("ignore:The keep_dims argument")
 def test_softmax() -> None:
     rows, columns = 16, 64
     x = random(FLOAT32, (rows, columns), 1, "cpu") * 5

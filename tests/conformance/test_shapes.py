@@ -148,7 +148,7 @@ def viewed(x_ptr, out_ptr):
     tl.store(out_ptr + 64 + tl.arange(0, 8)[:, None] * 8 + tl.arange(0, 8)[None, :], z)
 
 
-@pytest.mark.filterwarnings("ignore:view is deprecated")
+@pytest.mark.filterwarnings("ignore:view is deprecated", "ignore:.*can_reorder=True. is deprecated")
 def test_a_view_holds_the_same_elements():
     x = ramp(64)
     out = empty(2, 64)
@@ -296,6 +296,7 @@ def concatenated(x_ptr, y_ptr, out_ptr, N: tl.constexpr):
     tl.store(out_ptr + tl.arange(0, 2 * N), both)
 
 
+@pytest.mark.filterwarnings("ignore:.*can_reorder=True. is deprecated")
 @pytest.mark.parametrize("dtype", ["int32", "float16"])
 def test_cat_holds_the_elements_of_both(dtype):
     x, y = (torch.arange(32) + k for k in (0, 50))

@@ -214,7 +214,11 @@ def _decide(facts: Analysis, operation: Operation, effects: list[Operation], ali
         threshold = _INDEX_WORTH_STORING if result in facts.index_only else _WORTH_STORING
         dear = facts.cost[result] >= threshold
         elsewhere = any(facts.block_of[user] is not facts.block_of[operation] for user in users)
-        if dear and (len(users) > 1 or elsewhere or any(_repeats(user, result) for user in users)):
+        if dear and (len(users) > 1 or any(_repeats(user, result) for user in users)):
+            facts.stored.add(result)
+        elif elsewhere and result not in facts.index_only and facts.cost[result] >= pointwise.COSTS["load"]:
+            facts.stored.add(result)  # a loop would compute it again in every round
+        elif elsewhere and dear:
             facts.stored.add(result)
         elif any(user.name == "tt.gather" and user.operands[0] is result for user in users) and dear:
             facts.stored.add(result)

@@ -9,7 +9,7 @@ from tilewright.cpu.c_expressions import Writer, c_type, to_memory
 from tilewright.cpu.expressions import depth
 from tilewright.cpu.guards import without_masks
 from tilewright.cpu.loops import Atomic, Buffer, Fold, Nest, Store, Write
-from tilewright.cpu.types import F64, Pointer
+from tilewright.cpu.types import F64, I1, Pointer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -90,6 +90,7 @@ class NestWriter:
         self.order = _order(nest, Writer(make)) if not nest.serial else list(range(len(nest.shape)))
         self.writer = Writer(make, self.order, checked, self._element_number())
         self.names: dict[Expr, str] = {}
+        self.single = False
         self.text = _Text()
         inner = self.order[-1] if self.order else -1
         folds = [sink for sink in nest.sinks if isinstance(sink, Fold)]
@@ -132,9 +133,32 @@ class NestWriter:
         temps = temporaries(self.writer, [*values, *addresses], self.order, self._is_overwritten)
         self.text.open("")
         self._start_folds()
+        turned = self._turned()
+        if turned is not None:
+            self.text.add(f"_Alignas(64) {c_type(turned.buffer.element)} turned[{turned.buffer.size}];")
         self._loop(0, temps)
+        if turned is not None:
+            rows, columns = self.nest.shape
+            self.text.add(f"tw_transpose((const int32_t *)turned, (int32_t *){turned.buffer.name}, {columns}, {rows});")
         self.text.close()
         return self.text.lines
+
+    def _turned(self) -> Write | None:
+        """The tile that a nest stores across the direction it runs in: it is stored along it, and then transposed.
+
+        That is how a transposed tile is loaded: rows of memory become columns.
+        """
+        if self.order != [1, 0] or len(self.nest.sinks) != 1:
+            return None
+        sink = self.nest.sinks[0]
+        whole = isinstance(sink, Write) and [s for s in sink.buffer.shape if s > 1] == list(self.nest.shape)
+        if not whole or self.checked or min(self.nest.shape) < 16 or self.nest.shape[0] * self.nest.shape[1] > 1 << 14:
+            return None
+        assert isinstance(sink, Write)
+        element = sink.buffer.element
+        if isinstance(element, Pointer) or element == I1 or not (element.is_small_float or element.bits == 32):
+            return None
+        return sink if not any(part.op == "element" and part.attr is sink.buffer for part in sink.value.walk(set())) else None
 
     def _is_overwritten(self, e: Expr) -> bool:
         """Whether the memory that an expression reads may be written by a sink of the nest."""
@@ -195,12 +219,14 @@ class NestWriter:
 
     def _lane_loop(self, level: int, loop: int, size: int, temps: list[tuple[int, Expr]]) -> None:
         lanes = min(LANES, size)
+        self.single = lanes == size
         for number, fold in enumerate(self.lane_folds):
             assert fold.combine.identity is not None
             for k, identity in enumerate(fold.combine.identity):
                 type_ = c_type(identity.type)
                 self.text.add(f"_Alignas(64) {type_} lane{number}_{k}[{lanes}];")
-                self.text.add(f"for (int l = 0; l < {lanes}; l++) lane{number}_{k}[l] = {self.value(identity)};")
+                if not self.single:
+                    self.text.add(f"for (int l = 0; l < {lanes}; l++) lane{number}_{k}[l] = {self.value(identity)};")
         self.text.open(f"for (int r = 0; r < {size}; r += {lanes})")
         if not self.checked:
             self.text.add("#pragma omp simd")
@@ -230,7 +256,9 @@ class NestWriter:
     # Sinks
 
     def _sink(self, sink: Sink) -> None:
-        if isinstance(sink, Write):
+        if isinstance(sink, Write) and sink is self._turned():
+            self.text.add(f"turned[i1 * {self.nest.shape[0]} + i0] = {self.value(sink.value)};")
+        elif isinstance(sink, Write):
             self.text.add(f"{sink.buffer.name}[{self.position(sink.position)}] = {self.value(sink.value)};")
         elif isinstance(sink, Store):
             self._store(sink)
@@ -239,6 +267,10 @@ class NestWriter:
         elif sink in self.lane_folds:
             number = self.lane_folds.index(sink)
             left = [f"lane{number}_{k}[l]" for k in range(len(sink.values))]
+            if self.single:  # each lane has one element
+                for place, value in zip(left, sink.values, strict=True):
+                    self.text.add(f"{place} = {self.value(value)};")
+                return
             self._combine(sink.combine, left, [self.value(value) for value in sink.values])
         else:
             self._fold(sink)

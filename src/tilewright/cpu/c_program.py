@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from tilewright.cpu.expressions import Expr, Expressions
     from tilewright.cpu.loops import Program, Statement
 
+WORTH_THREADS = 32768
+"""Launches of fewer elements run on one thread: to start the others would take longer."""
+
 STACK_BYTES = 256 * 1024
 """Tiles lie on the stack up to this size, all together; else in memory that each thread keeps for the launch."""
 
@@ -66,7 +69,7 @@ class _ProgramWriter:
             "static void tw_program(const struct tw_args *args, const int32_t *program, const int32_t *grid, "
             "tw_report *report, const tw_bounds *bounds, char *scratch, FILE *out)"
         )
-        return f"{runtime()}\n{head}\n{signature} {{\n{body}\n}}\n{_launch(scratch, self._prints(self.program.body))}"
+        return f"{runtime()}\n{head}\n{signature} {{\n{body}\n}}\n{_launch(scratch, self._prints(self.program.body), work(self.program.body))}"
 
     @staticmethod
     def _field(type_: object) -> str:
@@ -340,8 +343,27 @@ def _printed(element: object, text: str, signed: bool, hexadecimal: bool) -> tup
     return "%llu", f"(unsigned long long)(uint{bits}_t){text}"
 
 
-def _launch(scratch: int, prints: bool) -> str:
-    """The function that runs the whole grid, on all threads."""
+def work(statements: Sequence[Statement]) -> int:
+    """About how many elements a program computes; a loop is taken to run sixteen times."""
+    total = 0
+    for statement in statements:
+        if isinstance(statement, Nest):
+            total += _product(statement.shape) * len(statement.sinks)
+        elif isinstance(statement, Dot):
+            total += statement.batch * statement.m * statement.n * statement.k // 16
+        elif isinstance(statement, Scan):
+            total += _product(statement.shape) * 4
+        elif isinstance(statement, For | Loop):
+            total += 16 * work(statement.body)
+        elif isinstance(statement, If):
+            total += max(work(statement.then), work(statement.otherwise))
+        else:
+            total += 1
+    return total
+
+
+def _launch(scratch: int, prints: bool, program_work: int) -> str:
+    """The function that runs the whole grid, on all threads unless there is too little to do."""
     return f"""
 void tw_launch(
     const struct tw_args *args, int32_t g0, int32_t g1, int32_t g2, tw_report *report, const int64_t *ranges,
@@ -352,7 +374,7 @@ void tw_launch(
     FILE *out = {"open_memstream(text, text_size)" if prints else "NULL"};
     const int64_t threads = omp_get_max_threads();
     const int64_t chunk = total / (threads * 8) > 0 ? total / (threads * 8) : 1;
-    #pragma omp parallel if (total > 1)
+    #pragma omp parallel if (total > 1 && total > {WORTH_THREADS // max(1, program_work)})
     {{
         char *scratch = {f"(char *)aligned_alloc(64, {scratch})" if scratch else "NULL"};
         #pragma omp for schedule(dynamic, chunk)

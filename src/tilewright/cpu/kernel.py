@@ -199,7 +199,7 @@ class Kernel:
     def _interpret(self, grid: tuple[int, int, int], values: Sequence[Any], ranges: Sequence[tuple[int, int]]) -> None:
         from tilewright.cpu.interpreter import StorageCheck, interpret
 
-        check = StorageCheck(list(ranges)) if self.checked else None
+        check = StorageCheck([(start, end - start) for start, end in ranges]) if self.checked else None
         interpret(self.module, grid, values, check=check)
 
     def _error(self, report: _Report, ranges: Sequence[tuple[int, int]]) -> Exception:

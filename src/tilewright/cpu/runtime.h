@@ -205,9 +205,8 @@ TW_FLOATS(float, f)
 TW_FLOATS(double, )
 TW_INLINE float tw_saturatef(float a) { float m = a > 0 ? a : 0; return m < 1 ? m : 1; }
 
-/* exp(n ln 2 + r) = 2^n exp(r): r in [-ln 2 / 2, ln 2 / 2], where the series up to r^7 / 7! is within 2^-27. The power is
- * applied in two halves, so that results below the normal range are rounded once. */
-TW_INLINE float tw_scaled_exp(float r, int32_t n) {
+/* exp(r) for |r| <= ln 2 / 2, where the series up to r^7 / 7! is within 2^-27. */
+TW_INLINE float tw_small_exp(float r) {
     float p = 0x1.a01a02p-13f;
     p = __builtin_fmaf(p, r, 0x1.6c16c2p-10f);
     p = __builtin_fmaf(p, r, 0x1.111112p-7f);
@@ -215,28 +214,69 @@ TW_INLINE float tw_scaled_exp(float r, int32_t n) {
     p = __builtin_fmaf(p, r, 0x1.555556p-3f);
     p = __builtin_fmaf(p, r, 0.5f);
     p = __builtin_fmaf(p, r, 1.0f);
-    p = __builtin_fmaf(p, r, 1.0f);
-    int32_t half = n >> 1;
-    float first = tw_bits_float((int32_t)((uint32_t)(half + 127) << 23));
-    float second = tw_bits_float((int32_t)((uint32_t)(n - half + 127) << 23));
-    return p * first * second;
+    return __builtin_fmaf(p, r, 1.0f);
 }
-#define TW_ROUNDING 0x1.8p23f /* added to a small float, it leaves the nearest integer in the low bits */
+/* x between two bounds of either sign, by their bits: two instructions, where comparisons of floats would be many more
+ * for the sake of NaN, which is left to the caller. */
+TW_INLINE float tw_clip(float x, uint32_t low, int32_t high) {
+    uint32_t u = (uint32_t)tw_float_bits(x);
+    u = u < low ? u : low;
+    int32_t v = (int32_t)u;
+    return tw_bits_float(v < high ? v : high);
+}
+/* Added to a small float, this leaves the nearest integer, and the exponent of that power of 2, in the low bits. The power
+ * is applied in two halves, so that results below the normal range are rounded once. */
+#define TW_POWER (0x1.8p23f + 127.0f)
+TW_INLINE float tw_power(float power) { return tw_bits_float((int32_t)((uint32_t)tw_float_bits(power) << 23)); }
 TW_INLINE float tw_expf(float x) {
-    float c = x > 89.0f ? 89.0f : x;
-    c = c < -104.0f ? -104.0f : c;
-    float t = __builtin_fmaf(c, 0x1.715476p0f, TW_ROUNDING);
-    float n = t - TW_ROUNDING;
+    float c = tw_clip(x, 0xc2d00000u, 0x42b20000); /* -104 and 89 */
+    float half = __builtin_fmaf(c, 0x1.715476p-1f, TW_POWER), h = half - TW_POWER;
+    float rest = __builtin_fmaf(c, 0x1.715476p0f, TW_POWER - h), n = h + (rest - TW_POWER);
     float r = __builtin_fmaf(n, -0x1.62e4p-1f, c);
     r = __builtin_fmaf(n, -0x1.7f7d1cp-20f, r);
-    return tw_scaled_exp(r, tw_float_bits(t) - 0x4b400000);
+    float y = tw_small_exp(r) * tw_power(half) * tw_power(rest);
+    return x != x ? x : y;
 }
 TW_INLINE float tw_exp2f(float x) {
-    float c = x > 129.0f ? 129.0f : x;
-    c = c < -151.0f ? -151.0f : c;
-    float t = c + TW_ROUNDING;
-    float n = t - TW_ROUNDING;
-    return tw_scaled_exp((c - n) * 0x1.62e43p-1f, tw_float_bits(t) - 0x4b400000);
+    float c = tw_clip(x, 0xc3170000u, 0x43010000); /* -151 and 129 */
+    float half = __builtin_fmaf(c, 0.5f, TW_POWER), d = c - (half - TW_POWER);
+    float rest = d + TW_POWER;
+    float y = tw_small_exp((d - (rest - TW_POWER)) * 0x1.62e43p-1f) * tw_power(half) * tw_power(rest);
+    return x != x ? x : y;
+}
+
+/* to[j][i] = from[i][j]; rows and columns are multiples of 16. Four rounds of exchanges between pairs of vectors. */
+typedef int32_t tw_i32x16 __attribute__((vector_size(64), aligned(4), may_alias));
+#define TW_EXCHANGE(step, low, high)                                                                           \
+    for (int i = 0; i < 16; i++)                                                                               \
+        if (!(i & step)) {                                                                                     \
+            tw_i32x16 a = v[i], b = v[i + step];                                                               \
+            v[i] = TW_PICK(a, b, low);                                                                         \
+            v[i + step] = TW_PICK(a, b, high);                                                                 \
+        }
+#ifdef __clang__
+#define TW_PICK(a, b, index) __builtin_shufflevector(a, b, TW_UNPACK index)
+#else
+#define TW_PICK(a, b, index) __builtin_shuffle(a, b, (tw_i32x16){TW_UNPACK index})
+#endif
+#define TW_UNPACK(...) __VA_ARGS__
+TW_INLINE void tw_transpose_block(const int32_t *from, int32_t *to, int from_stride, int to_stride) {
+    tw_i32x16 v[16];
+    for (int i = 0; i < 16; i++) v[i] = *(const tw_i32x16 *)(from + i * from_stride);
+    TW_EXCHANGE(8, (0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23),
+                (8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31))
+    TW_EXCHANGE(4, (0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27),
+                (4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31))
+    TW_EXCHANGE(2, (0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29),
+                (2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31))
+    TW_EXCHANGE(1, (0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30),
+                (1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31))
+    for (int i = 0; i < 16; i++) *(tw_i32x16 *)(to + i * to_stride) = v[i];
+}
+static void __attribute__((unused)) tw_transpose(const int32_t *from, int32_t *to, int rows, int columns) {
+    for (int i = 0; i < rows; i += 16)
+        for (int j = 0; j < columns; j += 16)
+            tw_transpose_block(from + i * columns + j, to + j * rows + i, columns, rows);
 }
 
 /* Products of row-major tiles: c = a b, or c += a b. Sizes are constants, powers of two. */
@@ -311,7 +351,6 @@ TW_PLAIN_DOT(tw_dot_i8, int8_t, uint32_t)
 TW_PLAIN_DOT(tw_dot_i32, uint32_t, uint32_t)
 
 #if defined(__AVX512BF16__) && defined(__AVX512F__)
-#include <immintrin.h>
 #define TW_HAS_PAIRS 1
 
 /* Two bf16 numbers that follow each other along k in one 32-bit word. The instruction takes numbers below the normal
@@ -338,20 +377,26 @@ TW_INLINE bool tw_pack_columns(const float *b, uint32_t *packed, int n, int k) {
         }
     return small != 0;
 }
+/* acc += a[2p] b[2p] + a[2p + 1] b[2p + 1] per lane. As text, since the header with its name takes compilers longer to
+ * read than all the rest. */
+TW_INLINE tw_f32x16 tw_dot_step(tw_f32x16 acc, tw_i32x16 a, tw_i32x16 b) {
+    __asm__("vdpbf16ps %2, %1, %0" : "+v"(acc) : "v"(a), "v"(b));
+    return acc;
+}
 TW_INLINE void tw_pairs_block(const uint32_t *a, const uint32_t *b, float *c, int n, int k, bool add) {
-    __m512 acc[8][2];
+    tw_f32x16 acc[8][2];
     for (int r = 0; r < 8; r++)
-        for (int j = 0; j < 2; j++) acc[r][j] = add ? _mm512_loadu_ps(c + r * n + j * 16) : _mm512_setzero_ps();
+        for (int j = 0; j < 2; j++) acc[r][j] = add ? *(const tw_f32x16 *)(c + r * n + j * 16) : (tw_f32x16){0};
     for (int p = 0; p < k / 2; p++) {
-        __m512bh row[2];
-        for (int j = 0; j < 2; j++) row[j] = (__m512bh)_mm512_loadu_si512(b + p * n + j * 16);
+        tw_i32x16 row[2];
+        for (int j = 0; j < 2; j++) row[j] = *(const tw_i32x16 *)(b + p * n + j * 16);
         for (int r = 0; r < 8; r++) {
-            __m512bh both = (__m512bh)_mm512_set1_epi32((int)a[r * (k / 2) + p]);
-            for (int j = 0; j < 2; j++) acc[r][j] = _mm512_dpbf16_ps(acc[r][j], both, row[j]);
+            tw_i32x16 both = (int32_t)a[r * (k / 2) + p] - (tw_i32x16){0};
+            for (int j = 0; j < 2; j++) acc[r][j] = tw_dot_step(acc[r][j], both, row[j]);
         }
     }
     for (int r = 0; r < 8; r++)
-        for (int j = 0; j < 2; j++) _mm512_storeu_ps(c + r * n + j * 16, acc[r][j]);
+        for (int j = 0; j < 2; j++) *(tw_f32x16 *)(c + r * n + j * 16) = acc[r][j];
 }
 TW_INLINE void tw_dot_pairs(
     const float *a, const float *b, float *c, uint32_t *a_packed, uint32_t *b_packed, int m, int n, int k, bool add) {
