@@ -1,7 +1,11 @@
 """From kernel to native code: with a compiler, without, with one that fails; caches; artifacts to read."""
 
 import json
+import re
+import runpy
 import stat
+import textwrap
+from importlib.resources import files
 
 import pytest
 import torch
@@ -9,6 +13,7 @@ import triton
 import triton.language as tl
 
 from cpu_target_helpers import on_the_processor, run_program
+from tilewright import settings
 from tilewright.cpu import build, kernel
 from tilewright.errors import KernelBuildError
 from tilewright.platforms import cpu as platform
@@ -184,3 +189,41 @@ def test_the_artifacts_kernel_runs_by_itself():
     x, out = torch.arange(1000, dtype=torch.int32), torch.zeros(1000, dtype=torch.int32)
     loaded.run((16, 1, 1), [x.data_ptr(), out.data_ptr(), 1000], overlapping=False)
     assert torch.equal(out, 2 * x)
+
+
+# The folder's README
+
+README = files("tilewright.cpu").joinpath("README.md").read_text(encoding="utf-8")
+
+
+def blocks(language):
+    """The code blocks of a language, without their indentation."""
+    found = re.findall(rf"^( *)```{language}\n(.*?)^\1```", README, re.MULTILINE | re.DOTALL)
+    return [textwrap.dedent(text) for _, text in found]
+
+
+def words(text):
+    """Without line breaks, and without the numbers by which versions of Triton tell unnamed values apart."""
+    return re.sub(r"\bi_\d+_", "i_", "".join(text.split()))
+
+
+def test_the_readmes_example_gives_what_it_shows(tmp_path):
+    kernel_and_launch, look = blocks("python")
+    file = tmp_path / "example.py"
+    file.write_text(kernel_and_launch + look.replace("print(", "shown = str("), encoding="utf-8")
+    example = runpy.run_path(str(file))
+    loops, _ = blocks("text")
+    assert words(example["shown"]) == words(loops)
+    (innermost,) = blocks("c")
+    assert words(innermost) in words(example["artifact"]["c"])
+
+
+def test_the_readme_names_every_file():
+    for path in files("tilewright.cpu").iterdir():
+        if path.name.endswith((".py", ".h")) and path.name != "__init__.py":
+            assert f"`{path.name}`" in README or path.name.startswith("interpreter"), path.name
+
+
+def test_the_readme_names_every_setting():
+    assert f"`{settings.CPU_EXECUTOR}`" in README
+    assert f"`{settings.CPU_SANITIZE}`" in README

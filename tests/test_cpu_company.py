@@ -14,7 +14,6 @@ import tilewright.cpu
 from cpu_target_helpers import NO_ACCELERATOR, on_the_processor, run_program
 from tilewright import rope, rope_table
 
-
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.torch.jit.script_method. is deprecated",
     "ignore:Could not find an active CPU backend",  # torch looks for one called "cpu"

@@ -16,7 +16,7 @@ CPU_SANITIZE = "TILEWRIGHT_CPU_SANITIZE"
 """``1``: kernels of the compiled CPU target check every access against the storages of their tensors."""
 
 CPU_EXECUTOR = "TILEWRIGHT_CPU_EXECUTOR"
-"""``native`` or ``interpreter``: what runs kernels of the compiled CPU target. Without a C compiler the interpreter does."""
+"""``native`` or ``interpreter``: what runs kernels of the compiled CPU target. Without a C compiler the latter."""
 
 _TRUE = frozenset({"1", "true", "yes", "on"})
 _FALSE = frozenset({"", "0", "false", "no", "off"})

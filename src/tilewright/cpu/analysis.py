@@ -1,7 +1,7 @@
 """What is known of a function before it is lowered: who uses a value, what it costs, where its memory comes from.
 
-The main result is :attr:`Analysis.stored`: the tiles that are written to local memory where they are defined. Every other
-tile is computed again wherever an element of it is needed.
+The main result is :attr:`Analysis.stored`: the tiles that are written to local memory where they are defined. Every
+other tile is computed again wherever an element of it is needed.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ MOVES = frozenset(
 )  # fmt: skip
 """Operations that only say where an element comes from."""
 
-WRITES = frozenset({"tt.store", "tt.atomic_rmw", "tt.atomic_cas"})
+ATOMICS = frozenset({"tt.atomic_rmw", "tt.atomic_cas", "tt.atomic_load", "tt.atomic_store"})
+WRITES = ATOMICS | {"tt.store"}
 ANYWHERE = "*"
 """The root of a pointer whose origin is not known."""
 
@@ -213,16 +214,14 @@ def _decide(facts: Analysis, operation: Operation, effects: list[Operation], ali
             continue
         threshold = _INDEX_WORTH_STORING if result in facts.index_only else _WORTH_STORING
         dear = facts.cost[result] >= threshold
+        looked_up = any(user.name == "tt.gather" and user.operands[0] is result for user in users)
+        overtaken = operation.name == "tt.load" and _overtaken(facts, operation, effects, last, aliased)
         elsewhere = any(facts.block_of[user] is not facts.block_of[operation] for user in users)
         if dear and (len(users) > 1 or any(_repeats(user, result) for user in users)):
             facts.stored.add(result)
         elif elsewhere and result not in facts.index_only and facts.cost[result] >= pointwise.COSTS["load"]:
             facts.stored.add(result)  # a loop would compute it again in every round
-        elif elsewhere and dear:
-            facts.stored.add(result)
-        elif any(user.name == "tt.gather" and user.operands[0] is result for user in users) and dear:
-            facts.stored.add(result)
-        elif operation.name == "tt.load" and _overtaken(facts, operation, effects, last, aliased):
+        elif (dear and (elsewhere or looked_up)) or overtaken:
             facts.stored.add(result)
         if result in facts.stored:
             facts.last_use[result] = facts.position[operation]
@@ -236,7 +235,7 @@ def _end_of_use(facts: Analysis, user: Operation) -> int:
 
 
 def _repeats(user: Operation, value: Value) -> bool:
-    """Whether the user reads an element of the tile several times, where no loop outside the others can read it once."""
+    """Whether the user reads an element of the tile several times, where no outer loop can read it once."""
     if user.name != "tt.broadcast":
         return False
     source, target = shape_of(value.type), shape_of(user.result.type)
@@ -267,5 +266,3 @@ def _overtaken(facts: Analysis, load: Operation, effects: list[Operation], last:
         if facts.may_overlap(own, theirs, aliased):
             return True
     return False
-
-

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from tilewright.cpu.pointwise import pointee_bytes
 from tilewright.cpu.ttir import Bits
-from tilewright.cpu.types import BF16, F16, F32, F64, F8E4M3, F8E5M2, I1, Element, Pointer, Scalar
+from tilewright.cpu.types import BF16, F8E4M3, F8E5M2, F16, F32, F64, I1, Element, Pointer, Scalar
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -39,16 +39,22 @@ def memory_type(element: Element) -> str:
     return "uint8_t" if element == I1 else c_type(element)
 
 
+def format_of(element: Element) -> str:
+    """The name of a small float in ``runtime.h``."""
+    assert isinstance(element, Scalar)
+    return FORMATS[element]
+
+
 def from_memory(element: Element, text: str) -> str:
     """What lies in memory as a value."""
     if element in FORMATS:
-        return f"tw_bits_{FORMATS[element]}({text})"  # type: ignore[index]
+        return f"tw_bits_{format_of(element)}({text})"
     return f"(bool)({text})" if element == I1 else text
 
 
 def to_memory(element: Element, text: str) -> str:
     """A value as it lies in memory."""
-    return f"tw_{FORMATS[element]}_bits({text})" if element in FORMATS else text  # type: ignore[index]
+    return f"tw_{format_of(element)}_bits({text})" if element in FORMATS else text
 
 
 class Writer:
@@ -171,14 +177,14 @@ def constant(value: object, type_: Element) -> str:
             return f"tw_bits_double(INT64_C({_signed(value.pattern, 64)}))"
         if type_ == F32:
             return f"tw_bits_float({_signed(value.pattern, 32)})"
-        return f"tw_bits_{FORMATS[type_]}({_signed(value.pattern, type_.bits)})"  # type: ignore[index]
+        return f"tw_bits_{format_of(type_)}({_signed(value.pattern, type_.bits)})"
     assert isinstance(value, float)
     if math.isnan(value):
         return f'__builtin_nan{suffix}("")'
     if math.isinf(value):
         return f"({'-' if value < 0 else ''}__builtin_inf{suffix}())"
     if type_ in FORMATS:
-        return f"tw_bits_{FORMATS[type_]}({small_pattern(value, type_)})"  # type: ignore[index]
+        return f"tw_bits_{format_of(type_)}({small_pattern(value, type_)})"
     if type_ == F32:
         value = struct.unpack("f", struct.pack("f", value))[0]
         assert isinstance(value, float)
@@ -336,7 +342,7 @@ def _float_cast(e: Expr, args: Sequence[str]) -> str:
         return x
     if source == F64:
         x = f"tw_odd_double({x})"
-    return f"tw_{'rtz' if towards_zero else 'round'}_{FORMATS[target]}({x})"  # type: ignore[index]
+    return f"tw_{'rtz' if towards_zero else 'round'}_{format_of(target)}({x})"
 
 
 def _from_int(e: Expr, args: Sequence[str], unsigned: bool) -> str:
@@ -349,7 +355,7 @@ def _from_int(e: Expr, args: Sequence[str], unsigned: bool) -> str:
     if target in (F32, F64):
         return f"(({c_type(target)}){x})"
     odd = x if source.type.bits <= 16 else f"tw_odd_{'unsigned' if unsigned else 'signed'}({x})"
-    return f"tw_round_{FORMATS[target]}((float)({odd}))"  # type: ignore[index]
+    return f"tw_round_{format_of(target)}((float)({odd}))"
 
 
 def _to_int(e: Expr, args: Sequence[str], unsigned: bool) -> str:
@@ -366,11 +372,11 @@ def _bitcast(e: Expr, args: Sequence[str]) -> str:
     source, target = e.args[0].type, e.type
     x = args[0]
     if source in FORMATS:
-        x = f"tw_{FORMATS[source]}_bits({x})"  # type: ignore[index]
+        x = f"tw_{format_of(source)}_bits({x})"
     elif source.is_float:
         x = f"tw_{'double' if source == F64 else 'float'}_bits({x})"
     if target in FORMATS:
-        return f"tw_bits_{FORMATS[target]}({x})"  # type: ignore[index]
+        return f"tw_bits_{format_of(target)}({x})"
     if target.is_float:
         return f"tw_bits_{'double' if target == F64 else 'float'}({x})"
     return f"(({c_type(target)}){x})"
@@ -380,7 +386,8 @@ _WRITERS: dict[str, Callable[[Expr, Sequence[str]], str]] = {
     "add": _wrapping("+"), "sub": _wrapping("-"), "mul": _wrapping("*"), "addn": _infix("+"), "muln": _infix("*"),
     "and": _bitwise("&"), "or": _bitwise("|"), "xor": _bitwise("^"),
     **{name: _integer(name) for name in ("divs", "divu", "rems", "remu", "shl", "shrs", "shru")},
-    "maxs": _extreme(">", False), "mins": _extreme("<", False), "maxu": _extreme(">", True), "minu": _extreme("<", True),
+    "maxs": _extreme(">", False), "mins": _extreme("<", False),
+    "maxu": _extreme(">", True), "minu": _extreme("<", True),
     "mulhu": lambda e, args: f"tw_mulhu{e.type.bits}({args[0]}, {args[1]})",
     "fadd": _infix("+"), "fsub": _infix("-"), "fmul": _infix("*"), "fdiv": _infix("/"), "fmod": _float_function("fmod"),
     "fneg": lambda e, args: f"(-{args[0]})",
@@ -388,7 +395,7 @@ _WRITERS: dict[str, Callable[[Expr, Sequence[str]], str]] = {
     "maximum": _float_function("tw_maximum"), "minimum": _float_function("tw_minimum"),
     "exp": lambda e, args: f"exp({args[0]})" if e.type == F64 else f"tw_expf({args[0]})",
     "exp2": lambda e, args: f"exp2({args[0]})" if e.type == F64 else f"tw_exp2f({args[0]})",
-    **{name: _float_function(name) for name in ("log", "log2", "sin", "cos", "sqrt", "erf", "floor", "ceil", "fma", "tanh")},
+    **{n: _float_function(n) for n in ("log", "log2", "sin", "cos", "sqrt", "erf", "floor", "ceil", "fma", "tanh")},
     "oddfma": lambda e, args: f"tw_odd_fma({', '.join(args)})",
     "fabs": _float_function("fabs"), "rsqrt": _float_function("tw_rsqrt"), "abs": _absolute,
     "cmpi": _compare_ints, "cmpf": _compare_floats,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from tilewright.cpu.c_expressions import Writer, c_type, to_memory
+from tilewright.cpu.c_expressions import Writer, c_type, from_memory, to_memory
 from tilewright.cpu.expressions import depth
 from tilewright.cpu.guards import without_masks
 from tilewright.cpu.loops import Atomic, Buffer, Fold, Nest, Store, Write
@@ -106,7 +106,9 @@ class NestWriter:
     def lines(self) -> list[str]:
         """The nest as lines of C."""
         self._declare_scalars()
-        found = None if self.checked or self.nest.serial or not self.order else without_masks(self.writer.make, self.nest)
+        found = (
+            None if self.checked or self.nest.serial or not self.order else without_masks(self.writer.make, self.nest)
+        )
         if found is None:
             return [*self.text.lines, *self._body()]
         condition, bare = found
@@ -158,7 +160,11 @@ class NestWriter:
         element = sink.buffer.element
         if isinstance(element, Pointer) or element == I1 or not (element.is_small_float or element.bits == 32):
             return None
-        return sink if not any(part.op == "element" and part.attr is sink.buffer for part in sink.value.walk(set())) else None
+        return (
+            sink
+            if not any(part.op == "element" and part.attr is sink.buffer for part in sink.value.walk(set()))
+            else None
+        )
 
     def _is_overwritten(self, e: Expr) -> bool:
         """Whether the memory that an expression reads may be written by a sink of the nest."""
@@ -197,7 +203,9 @@ class NestWriter:
         for at, e in temps:
             if at == level:
                 name = f"t{len(self.names)}"
-                self.text.add(f"const {c_type(e.type)} {name} = {self.value(e)};".replace("const char *", "char *const "))
+                self.text.add(
+                    f"const {c_type(e.type)} {name} = {self.value(e)};".replace("const char *", "char *const ")
+                )
                 self.names[e] = name
         if level == len(self.order):
             for sink in self.nest.sinks:
@@ -301,42 +309,38 @@ class NestWriter:
         self.text.add(f"{place} = {value};" if mask == "true" else f"if ({mask}) {place} = {value};")
 
     def _atomic(self, atomic: Atomic) -> None:
-        element = atomic.value.type
         mask = "true" if atomic.mask is None else self.value(atomic.mask)
-        place = self.writer.place(atomic.pointer, self.names)
         if self.checked:
-            mask = self.writer.allowed(atomic.pointer, mask, atomic.site.number, atomic.site.roots, self.names)
-        arguments = [f"&{place}"]
-        if atomic.compare is not None:
-            arguments.append(to_memory(element, self.value(atomic.compare)))
-        arguments.append(to_memory(element, self.value(atomic.value)))
-        suffix = {"f16": "f16", "bf16": "bf16", "f32": "f32", "f64": "f64"}.get(str(element), f"i{element.bits}")
-        if atomic.kind in {"exchange", "compare"}:
-            suffix = f"i{element.bits}"
-            if element.is_float and element.bits >= 32:
-                to, back = ("double_bits", "bits_double") if element == F64 else ("float_bits", "bits_float")
-                arguments = [f"(int{element.bits}_t *)(void *){arguments[0]}", *(f"tw_{to}({a})" for a in arguments[1:])]
-                call = f"tw_{back}(tw_atomic_{atomic.kind}_{suffix}({', '.join(arguments)}))"
-            else:
-                call = f"tw_atomic_{atomic.kind}_{suffix}({', '.join(arguments)})"
-        else:
-            call = f"tw_atomic_{atomic.kind.removeprefix('f') if atomic.kind == 'fadd' else atomic.kind}_{suffix}({', '.join(arguments)})"
-        from tilewright.cpu.c_expressions import FORMATS, from_memory
-
-        if element in FORMATS:
-            call = from_memory(element, call)
+            site = atomic.site
+            mask = self.writer.allowed(atomic.pointer, mask, site.number, site.roots, self.names)
+        call = self._atomic_call(atomic)
         if atomic.target is None:
             self.text.add(f"if ({mask}) (void){call};")
             return
-        target = (
-            atomic.target if isinstance(atomic.target, str) else f"{atomic.target.name}[{self.position(atomic.position)}]"
-        )
+        whole = isinstance(atomic.target, str)
+        target = atomic.target if whole else f"{atomic.target}[{self.position(atomic.position)}]"
         self.text.add(f"{target} = {mask} ? {call} : 0;")
 
+    def _atomic_call(self, atomic: Atomic) -> str:
+        """The call of the function of ``runtime.h``; exchanges go through the integers of a float's size."""
+        element = atomic.value.type
+        place = f"&{self.writer.place(atomic.pointer, self.names)}"
+        operands = [] if atomic.compare is None else [atomic.compare]
+        operands += [] if atomic.kind == "load" else [atomic.value]
+        values = [to_memory(element, self.value(operand)) for operand in operands]
+        if atomic.kind in {"exchange", "compare", "load"}:
+            integer = f"i{element.bits}"
+            if not element.is_float or element.bits < 32:
+                return from_memory(element, f"tw_atomic_{atomic.kind}_{integer}({', '.join([place, *values])})")
+            to, back = ("double_bits", "bits_double") if element == F64 else ("float_bits", "bits_float")
+            arguments = [f"(int{element.bits}_t *)(void *){place}", *(f"tw_{to}({value})" for value in values)]
+            return f"tw_{back}(tw_atomic_{atomic.kind}_{integer}({', '.join(arguments)}))"
+        kind = "add" if atomic.kind == "fadd" else atomic.kind
+        suffix = str(element) if element.is_float else f"i{element.bits}"
+        return from_memory(element, f"tw_atomic_{kind}_{suffix}({', '.join([place, *values])})")
 
-def write_combine(
-    text: _Text, writer: Writer, combine: Combine, left: Sequence[str], right: Sequence[str]
-) -> None:
+
+def write_combine(text: _Text, writer: Writer, combine: Combine, left: Sequence[str], right: Sequence[str]) -> None:
     """Write ``left = combine(left, right)`` for places."""
     text.open("")
     for variable, place in zip([*combine.left, *combine.right], [*left, *right], strict=True):

@@ -9,9 +9,25 @@ from typing import TYPE_CHECKING
 from tilewright.cpu.c_expressions import Writer, c_type
 from tilewright.cpu.c_nests import NestWriter, _Text, write_combine
 from tilewright.cpu.loops import (
-    Assert, Assign, Buffer, Declare, Dot, For, Histogram, If, Jump, Label, Leave, Let, Loop, Nest, Print, Return, Scan,
+    Assert,
+    Assign,
+    Buffer,
+    Declare,
+    Dot,
+    For,
+    Histogram,
+    If,
+    Jump,
+    Label,
+    Leave,
+    Let,
+    Loop,
+    Nest,
+    Print,
+    Return,
+    Scan,
 )  # fmt: skip
-from tilewright.cpu.types import F64, I1, I8, Pointer
+from tilewright.cpu.types import I1, Pointer
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -69,7 +85,8 @@ class _ProgramWriter:
             "static void tw_program(const struct tw_args *args, const int32_t *program, const int32_t *grid, "
             "tw_report *report, const tw_bounds *bounds, char *scratch, FILE *out)"
         )
-        return f"{runtime()}\n{head}\n{signature} {{\n{body}\n}}\n{_launch(scratch, self._prints(self.program.body), work(self.program.body))}"
+        launch = _launch(scratch, self._prints(self.program.body), work(self.program.body))
+        return f"{runtime()}\n{head}\n{signature} {{\n{body}\n}}\n{launch}"
 
     @staticmethod
     def _field(type_: object) -> str:
@@ -206,14 +223,12 @@ class _ProgramWriter:
 
     def _dot(self, dot: Dot) -> None:
         m, n, k = dot.m, dot.n, dot.k
-        kind = {F64: "f64", I8: "i8"}.get(dot.a.element, "i32" if dot.a.element.is_int else "f32")  # type: ignore[call-overload]
+        kind = {"f64": "f64", "i8": "i8"}.get(str(dot.a.element), "i32" if dot.a.element.is_int else "f32")
         step = "0"
         if dot.batch > 1:
             self.out.open(f"for (int batch = 0; batch < {dot.batch}; batch++)")
             step = "batch"
-        a, b, c = (
-            f"{x.name} + {step} * {size}" for x, size in ((dot.a, m * k), (dot.b, k * n), (dot.c, m * n))
-        )
+        a, b, c = (f"{x.name} + {step} * {size}" for x, size in ((dot.a, m * k), (dot.b, k * n), (dot.c, m * n)))
         add = "true" if dot.accumulate else "false"
         if kind.startswith("i"):
             unsigned = "" if kind == "i8" else "(const uint32_t *)"
@@ -312,7 +327,8 @@ def _product(sizes: Sequence[int]) -> int:
 def _string(text: str) -> str:
     """A C string literal."""
     escaped = "".join(
-        c if c.isascii() and c.isprintable() and c not in '\\"' else "".join(f"\\{b:03o}" for b in c.encode()) for c in text
+        c if c.isascii() and c.isprintable() and c not in '\\"' else "".join(f"\\{b:03o}" for b in c.encode())
+        for c in text
     )
     return f'"{escaped}"'
 

@@ -7,7 +7,16 @@ from typing import TYPE_CHECKING
 from tilewright.cpu import pointwise
 from tilewright.cpu.diagnostics import unsupported
 from tilewright.cpu.loops import (
-    Assert, Atomic, Combine, Dot, Fold, Histogram, Print, Scan, Store, Write,
+    Assert,
+    Atomic,
+    Combine,
+    Dot,
+    Fold,
+    Histogram,
+    Print,
+    Scan,
+    Store,
+    Write,
 )  # fmt: skip
 from tilewright.cpu.ttir import Operation
 from tilewright.cpu.types import F16, F32, F64, I1, I8, I32, Tensor, element_of, shape_of
@@ -90,8 +99,8 @@ def _identity(lowering: Lowering, left: Expr, right: Expr, result: Expr) -> Expr
     if type_.is_int:
         low, high = (0, 1) if type_ == I1 else (-(1 << (type_.bits - 1)), (1 << (type_.bits - 1)) - 1)
         known = {
-            "add": 0, "mul": 1, "or": 0, "xor": 0, "and": 1 if type_ == I1 else -1, "maxs": low, "mins": high, "maxu": 0,
-            "minu": 1 if type_ == I1 else -1,
+            "add": 0, "mul": 1, "or": 0, "xor": 0, "and": 1 if type_ == I1 else -1, "maxs": low, "mins": high,
+            "maxu": 0, "minu": 1 if type_ == I1 else -1,
         }  # fmt: skip
         return lowering.make.const(known[inner.op], type_) if inner.op in known else None
     infinity = float("inf")
@@ -141,10 +150,9 @@ def _take(lowering: Lowering, operation: Operation, axis: int) -> None:
         if isinstance(result.type, Tensor):
             shape = shape_of(result.type)
             target = lowering.buffer(result.name, element_of(result.type), shape)
-            zero = lowering.make.const(0, I32)
 
             def build(index: Index, source: Buffer = buffer, target: Buffer = target) -> list[Sink]:
-                value = lowering.read(source, (*index[:axis], zero, *index[axis:]))
+                value = lowering.read(source, (*index[:axis], lowering.make.const(0, I32), *index[axis:]))
                 return [Write(target, lowering.make.flat(index, target.shape), value)]
 
             lowering.sink(shape, build)
@@ -264,38 +272,38 @@ _ATOMICS = {
 
 
 def _atomic(lowering: Lowering, operation: Operation) -> None:
-    compares = operation.name == "tt.atomic_cas"
     pointer, *rest = operation.operands
-    compare = rest.pop(0) if compares else None
-    value = rest.pop(0)
+    compare = rest.pop(0) if operation.name == "tt.atomic_cas" else None
+    value = None if operation.name == "tt.atomic_load" else rest.pop(0)
     mask = rest.pop(0) if rest else None
-    kind = "compare" if compares else _ATOMICS.get(operation.attributes["atomic_rmw_op"])
+    named = {"tt.atomic_cas": "compare", "tt.atomic_load": "load", "tt.atomic_store": "exchange"}
+    kind = named.get(operation.name) or _ATOMICS.get(operation.attributes["atomic_rmw_op"])
     if kind is None:
         raise unsupported(operation, "this atomic operation")
-    element = element_of(value.type)
+    element = element_of(operation.results[0].type if value is None else value.type)
     if element.is_float and element.bits < 16:
         raise unsupported(operation, f"atomic operations on {element}")
     if element.bits < 16 or (kind in {"max", "min"} and element.is_small_float):
         raise unsupported(operation, f"atomic {kind} on {element}")
     site = lowering.site(operation.location, pointer)
     shape = shape_of(pointer.type)
-    result = operation.result
+    result = operation.results[0] if operation.results else None
     target: Buffer | str | None = None
-    if lowering.facts.uses.get(result):
+    if result is not None and lowering.facts.uses.get(result):
         target = lowering.buffer(result.name, element, shape) if shape else lowering.name(result.name)
 
     def build(index: Index) -> list[Sink]:
         def at(operand: Value) -> Expr:
             return lowering.element(operand, index)
 
-        return [
-            Atomic(
-                kind, at(pointer), at(value), None if mask is None else at(mask), None if compare is None else at(compare),
-                target, lowering.make.flat(index, shape), site,
-            )
-        ]  # fmt: skip
+        operand = pointwise.literal(lowering.make, 0, element) if value is None else at(value)
+        when = None if mask is None else at(mask)
+        expected = None if compare is None else at(compare)
+        return [Atomic(kind, at(pointer), operand, when, expected, target, lowering.make.flat(index, shape), site)]
 
     lowering.sink(shape, build, alone=True)
+    if result is None:
+        return
     if isinstance(target, str):
         lowering.bindings[result] = lowering.make.var(target, element)
     elif target is not None:
@@ -333,6 +341,8 @@ HANDLERS: dict[str, Callable[[Lowering, Operation], None]] = {
     "tt.histogram": _histogram,
     "tt.atomic_rmw": _atomic,
     "tt.atomic_cas": _atomic,
+    "tt.atomic_load": _atomic,
+    "tt.atomic_store": _atomic,
     "tt.print": _print,
     "tt.assert": _assert,
     "gpu.barrier": _nothing,
@@ -340,4 +350,3 @@ HANDLERS: dict[str, Callable[[Lowering, Operation], None]] = {
     "ttg.local_barrier": _nothing,
     "llvm.intr.assume": _nothing,
 }
-

@@ -73,7 +73,7 @@ class CPUBackend(BaseBackend):  # type: ignore[misc]
         return target.backend == BACKEND or (target.backend == "cpu" and "cpu" not in backends)
 
     def hash(self) -> str:
-        """A key of everything but the kernel that the result depends on: this compiler, the C compiler, the processor."""
+        """A key of what the result depends on besides the kernel: this compiler, the C compiler, the processor."""
         from tilewright.cpu.build import machine
 
         return f"{BACKEND}-{_own_source()}-{hashlib.sha256(machine().encode()).hexdigest()}"
@@ -114,7 +114,7 @@ class CPUBackend(BaseBackend):  # type: ignore[misc]
 
 
 def _tile_ir(module: Any, metadata: dict[str, Any]) -> Any:
-    """Inline, simplify, and turn block pointers and descriptors into plain pointers, as far as this Triton has passes."""
+    """Inline, simplify, and turn block pointers and descriptors into plain pointers, where this Triton has passes."""
     from triton._C.libtriton import ir, passes
 
     manager = ir.pass_manager(module.context)

@@ -7,9 +7,27 @@ from typing import TYPE_CHECKING
 from tilewright.cpu.analysis import branches
 from tilewright.cpu.collectives import roots_of
 from tilewright.cpu.diagnostics import unsupported
+from tilewright.cpu.expressions import Expr
 from tilewright.cpu.loops import (
-    Assert, Assign, Atomic, Buffer, Declare, Dot, Fold, For, Histogram, If, Jump, Label, Leave, Let, Loop, Nest, Print,
-    Scan, Write,
+    Assert,
+    Assign,
+    Atomic,
+    Buffer,
+    Declare,
+    Dot,
+    Fold,
+    For,
+    Histogram,
+    If,
+    Jump,
+    Label,
+    Leave,
+    Let,
+    Loop,
+    Nest,
+    Print,
+    Scan,
+    Write,
 )  # fmt: skip
 from tilewright.cpu.ttir import Operation, Value
 from tilewright.cpu.types import I64, Pointer, Tensor, element_of, shape_of
@@ -17,13 +35,14 @@ from tilewright.cpu.types import I64, Pointer, Tensor, element_of, shape_of
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from tilewright.cpu.expressions import Expr
     from tilewright.cpu.loops import Statement
     from tilewright.cpu.lowering import Binding, Lowering
     from tilewright.cpu.ttir import Block, Region
 
 
-def _region(lowering: Lowering, operations: Sequence[Operation], end: Callable[[], None] | None = None) -> list[Statement]:
+def _region(
+    lowering: Lowering, operations: Sequence[Operation], end: Callable[[], None] | None = None
+) -> list[Statement]:
     """Lower operations into a list of statements of their own; ``end`` adds what follows them."""
     outer, lowering.out = lowering.out, []
     lowering.block(operations)
@@ -53,7 +72,8 @@ def _assign(lowering: Lowering, targets: Sequence[Binding], values: Sequence[Val
     pairs = [(t, v) for t, v in zip(targets, values, strict=True) if isinstance(t, Buffer)]
     pairs = [(t, v) for t, v in pairs if _bound(lowering, v) is not t]
     reads = [_buffers_read(lowering, value) for _, value in pairs]
-    direct, through = [], []
+    direct: list[tuple[Buffer, Value]] = []
+    through: list[tuple[Buffer, Value]] = []
     for k, (target, value) in enumerate(pairs):
         needed_by_others = any(target in read for j, read in enumerate(reads) if j != k)
         moved = target in reads[k] and not _reads_in_place(lowering, value, target)
@@ -69,13 +89,9 @@ def _assign(lowering: Lowering, targets: Sequence[Binding], values: Sequence[Val
         lowering.write(target, value)
     for target, copy in copies:
         _copy(lowering, target, copy)
-    scalars = [
-        (t.attr, lowering.scalar(v))
-        for t, v in zip(targets, values, strict=True)
-        if not isinstance(t, Buffer) and not isinstance(v.type, Tensor)
-    ]  # type: ignore[union-attr]
     lowering.flush()
-    moving = [(name, value) for name, value in scalars if value.op != "var" or value.attr != name]
+    scalars = [(t, lowering.scalar(v)) for t, v in zip(targets, values, strict=True) if isinstance(t, Expr)]
+    moving = [(str(target.attr), value) for target, value in scalars if value is not target]
     if moving:
         lowering.out.append(Assign(moving))
 
@@ -251,7 +267,11 @@ def _find_homes(lowering: Lowering, body: Block, carried: list[tuple[Value, Bind
             else:
                 last = max(last, facts.position[user])
         also_yielded = any(other is argument for _, _, other in carried)
-        if last <= facts.position[owner] and not also_yielded and _pointwise_chain(lowering, owner.operands[2], argument):
+        if (
+            last <= facts.position[owner]
+            and not also_yielded
+            and _pointwise_chain(lowering, owner.operands[2], argument)
+        ):
             lowering.homes[owner] = place
 
 
@@ -283,7 +303,7 @@ def _if(lowering: Lowering, operation: Operation) -> None:
     lowering.flush()
     condition = lowering.scalar(operation.operands[0])
     places = [_variable(lowering, result) for result in operation.results]
-    sides = []
+    sides: list[list[Statement]] = []
     for region in operation.regions:
         if not region.blocks:
             sides.append([])
@@ -456,5 +476,3 @@ def drop_writes(statements: list[Statement], dead: set[Buffer]) -> None:
         for inner in _nested(statement):
             drop_writes(inner, dead)
     statements[:] = [s for s in statements if not (isinstance(s, Nest) and not s.sinks)]
-
-

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def pointed(location: Location, message: str) -> str:
-    """``file:line:column: message``, then the source line with a caret below the column, then the calls that led there."""
+    """``file:line:column: message``, the source line with a caret below the column, and the call that led there."""
     where = location.in_user_code()
     if not where.line:
         return message

@@ -46,7 +46,15 @@ class CPUDriver(DriverBase):  # type: ignore[misc]
         """The C type of an argument."""
         if ty.startswith("*"):
             return "char *"
-        known = {"i1": "bool", "u1": "bool", "fp16": "float", "bf16": "float", "fp32": "float", "f32": "float", "fp64": "double"}
+        known = {
+            "i1": "bool",
+            "u1": "bool",
+            "fp16": "float",
+            "bf16": "float",
+            "fp32": "float",
+            "f32": "float",
+            "fp64": "double",
+        }
         return known.get(ty) or f"{'u' if ty.startswith('u') else ''}int{ty[1:]}_t"
 
     def get_current_target(self) -> Any:
@@ -100,8 +108,8 @@ class _Utilities:
     def get_device_properties(device: Any) -> dict[str, int]:
         """Limits that Triton compares a kernel's needs with; there are none."""
         return {
-            "max_shared_mem": 1 << 30, "multiprocessor_count": 1, "sm_clock_rate": 0, "mem_clock_rate": 0, "mem_bus_width": 0,
-            "warpSize": 1, "max_num_regs": 1 << 30,
+            "max_shared_mem": 1 << 30, "multiprocessor_count": 1, "max_num_regs": 1 << 30, "warpSize": 1,
+            "sm_clock_rate": 0, "mem_clock_rate": 0, "mem_bus_width": 0,
         }  # fmt: skip
 
     @staticmethod

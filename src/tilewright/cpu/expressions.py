@@ -1,7 +1,7 @@
 """Scalar expressions over loop variables: what one element of a tile is.
 
-Expressions are interned: equal ones are the same object, so a nest of loops computes each once. ``loops`` says on which of
-the nest's loops an expression depends; it is computed outside all others.
+Expressions are interned: equal ones are the same object, so a nest of loops computes each once. ``loops`` says on which
+of the nest's loops an expression depends; it is computed outside all others.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ class Expr:
     """An operation on scalars.
 
     Attributes:
-        op: its name; ``const``, ``var``, ``index``, ``load`` and ``element`` are the leaves and memory reads, the others
-            are in ``c_expressions.py``.
+        op: its name; ``const``, ``var``, ``index``, ``load`` and ``element`` are the leaves and memory reads, the
+            others are in ``c_expressions.py``.
         type: the type of its value.
         args: its operands.
         attr: what else it depends on: a constant's value, a variable's name, a buffer.
@@ -179,7 +179,7 @@ class Expressions:
         return total
 
     def span(self, e: Expr, bounds: dict[Expr, int]) -> tuple[int, int] | None:
-        """The least and the largest value of an integer expression of the loops' variables; None if that is not known."""
+        """The least and the largest value of an integer expression of the loops' variables; None if not known."""
         if e.op == "const" and isinstance(e.attr, int):
             return e.attr, e.attr
         if e in bounds:
@@ -191,7 +191,7 @@ class Expressions:
             (low, high), *others = (span for span in spans if span is not None)
             if not others:
                 return low, high
-            (low_b, high_b), = others
+            ((low_b, high_b),) = others
             if e.op == "sub":
                 low_b, high_b = -high_b, -low_b
             corners = [low * low_b, low * high_b, high * low_b, high * high_b]
@@ -203,14 +203,14 @@ class Expressions:
     def compare(self, predicate: str, a: Expr, b: Expr, bounds: dict[Expr, int]) -> Expr:
         """A comparison of integers, settled where the loops' bounds settle it: masks of full tiles vanish."""
         first, second = self.span(a, bounds), self.span(b, bounds)
-        if first is not None and second is not None:
-            if predicate[0] == "s" or (predicate[0] == "u" and min(first[0], second[0]) >= 0):
-                below, above = first[1] < second[0], first[0] > second[1]
-                reach, past = first[1] <= second[0], first[0] >= second[1]
-                always = {"lt": below, "le": reach, "gt": above, "ge": past}[predicate[1:]]
-                never = {"lt": past, "le": above, "gt": reach, "ge": below}[predicate[1:]]
-                if always or never:
-                    return self.const(int(always), I1)
+        ordered = predicate[0] == "s" or (predicate[0] == "u" and min(*(first or (-1,)), *(second or (-1,))) >= 0)
+        if first is not None and second is not None and ordered:
+            below, above = first[1] < second[0], first[0] > second[1]
+            reach, past = first[1] <= second[0], first[0] >= second[1]
+            always = {"lt": below, "le": reach, "gt": above, "ge": past}[predicate[1:]]
+            never = {"lt": past, "le": above, "gt": reach, "ge": below}[predicate[1:]]
+            if always or never:
+                return self.const(int(always), I1)
         return self.make("cmpi", I1, (a, b), predicate)
 
     # Offsets of memory accesses
@@ -218,8 +218,8 @@ class Expressions:
     def offset(self, offsets: Sequence[tuple[Expr, int]], order: Sequence[int]) -> Expr:
         """The sum of offsets, each times a number of elements or bytes, as a 64-bit expression.
 
-        What depends only on the outer loops is added first, so that it can stand outside the inner ones; ``order`` names
-        the loops from outside.
+        What depends only on the outer loops is added first, so that it can stand outside the inner ones; ``order``
+        names the loops from outside.
 
         Signed 32-bit arithmetic on the way is taken not to wrap, as Triton's own analysis of contiguity takes it.
         """

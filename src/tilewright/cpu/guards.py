@@ -22,7 +22,7 @@ _INT32 = (-(1 << 31), (1 << 31) - 1)
 
 
 def without_masks(make: Expressions, nest: Nest) -> tuple[Expr, Nest] | None:
-    """A condition that does not depend on the loops, and what the nest comes to where it holds; None if there is none."""
+    """A condition that does not depend on the loops, and what the nest comes to where it holds; None without one."""
     bounds = {make.index(k): size for k, size in enumerate(nest.shape)}
     finder = _Finder(make, bounds)
     settled: dict[Expr, Expr] = {}
@@ -107,7 +107,9 @@ class _Finder:
     def _parts(self, e: Expr, needed: list[Expr]) -> tuple[Expr, dict[Expr, int]] | None:
         make = self.make
         if e.loops == 0:
-            return (make.const(e.attr, I64) if e.op == "const" else make.make("sext", I64, (e,)) if e.type != I64 else e), {}
+            return (
+                make.const(e.attr, I64) if e.op == "const" else make.make("sext", I64, (e,)) if e.type != I64 else e
+            ), {}
         if e in self.bounds:
             return make.const(0, I64), {e: 1}
         if e.op == "sext" and e.args[0].type == I32:

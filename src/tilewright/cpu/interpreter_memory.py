@@ -122,9 +122,11 @@ class StorageCheck:
 
     Args:
         ranges: first address and size in bytes of each.
+        describe: says where an address lies; by default in bytes, relative to the nearest range.
     """
 
-    def __init__(self, ranges: list[tuple[int, int]]) -> None:
+    def __init__(self, ranges: list[tuple[int, int]], describe: Callable[[int], str] | None = None) -> None:
+        self._describe = describe or self._nearest
         merged: list[list[int]] = []
         for start, size in sorted(ranges):
             if merged and start < merged[-1][1]:
@@ -151,7 +153,9 @@ class StorageCheck:
         program = access.lanes.program(int(lane) if bad.shape[0] > 1 else access.lanes.first())
         where = f"program {program}" + (f", index {tuple(map(int, index))} of the tile" if index else "")
         address = int(access.addresses.reshape(-1)[place])
-        message = f"{kind} of {access.size} bytes outside of the kernel's tensors, by {where}: {self._nearest(address)}"
+        message = (
+            f"{kind} of {access.size} bytes outside of the kernel's tensors, by {where}: {self._describe(address)}"
+        )
         raise KernelAccessError(pointed(access.operation.location, message))
 
     def _inside(self, addresses: Tensor, size: int) -> Tensor:

@@ -92,7 +92,9 @@ class Kernel:
         self.types: list[Type] = [parse_type(text) for text in self._data["types"]]
         self.pointers = [k for k, type_ in enumerate(self.types) if isinstance(type_, Pointer)]
         written = self._data.get("written", [False] * len(self.types))
-        others = [(w, [k for k in self.pointers if k != w and (k > w or not written[k])]) for w in self.pointers if written[w]]
+        others = [
+            (w, [k for k in self.pointers if k != w and (k > w or not written[k])]) for w in self.pointers if written[w]
+        ]
         self.may_overlap = [(w, rest) for w, rest in others if rest]
         """Which arguments' memory must not overlap for the faster code: a written one, and others."""
         self.native = self._data["executor"] == "native"
@@ -101,7 +103,9 @@ class Kernel:
         self.pack = struct.Struct(f"@{codes}").pack
         self.small = [k for k, type_ in enumerate(self.types) if type_ in (F16, BF16)]
         self.unsigned_limits = [
-            (k, 1 << type_.bits) for k, type_ in enumerate(self.types) if isinstance(type_, Scalar) and type_.is_int and type_ != I1
+            (k, 1 << type_.bits)
+            for k, type_ in enumerate(self.types)
+            if isinstance(type_, Scalar) and type_.is_int and type_ != I1
         ]
 
     @staticmethod
@@ -141,7 +145,11 @@ class Kernel:
         return function
 
     def run(
-        self, grid: tuple[int, int, int], values: Sequence[Any], overlapping: bool, ranges: Sequence[tuple[int, int]] = ()
+        self,
+        grid: tuple[int, int, int],
+        values: Sequence[Any],
+        overlapping: bool,
+        ranges: Sequence[tuple[int, int]] = (),
     ) -> None:
         """Run all programs of the grid.
 
@@ -185,7 +193,12 @@ class Kernel:
         return "open_memstream(" in self._data["c"]
 
     def _run_with_extras(
-        self, function: Any, packed: bytes, grid: tuple[int, int, int], report: _Report, ranges: Sequence[tuple[int, int]]
+        self,
+        function: Any,
+        packed: bytes,
+        grid: tuple[int, int, int],
+        report: _Report,
+        ranges: Sequence[tuple[int, int]],
     ) -> None:
         flat = [bound for pair in ranges for bound in pair]
         bounds = (ctypes.c_int64 * max(1, len(flat)))(*flat)
@@ -199,7 +212,10 @@ class Kernel:
     def _interpret(self, grid: tuple[int, int, int], values: Sequence[Any], ranges: Sequence[tuple[int, int]]) -> None:
         from tilewright.cpu.interpreter import StorageCheck, interpret
 
-        check = StorageCheck([(start, end - start) for start, end in ranges]) if self.checked else None
+        check = None
+        if self.checked:
+            inside = [(low, high - low) for low, high in ranges]
+            check = StorageCheck(inside, lambda address: self._nearest(address, ranges))
         interpret(self.module, grid, values, check=check)
 
     def _error(self, report: _Report, ranges: Sequence[tuple[int, int]]) -> Exception:
@@ -209,9 +225,9 @@ class Kernel:
         if report.kind == 1:
             message = self._assertion(site.location)
             return KernelAssertionError(pointed(site.location, f"assertion failed {where}: {message}"))
-        return KernelAccessError(
-            pointed(site.location, f"access out of bounds {where}, element {report.element} of the tile: {self._nearest(report.address, ranges)}")
-        )
+        place = self._nearest(report.address, ranges)
+        message = f"access out of bounds {where}, element {report.element} of the tile: {place}"
+        return KernelAccessError(pointed(site.location, message))
 
     def _assertion(self, location: ttir.Location) -> str:
         for function in self.module.functions.values():
@@ -225,9 +241,7 @@ class Kernel:
     def _nearest(self, address: int, ranges: Sequence[tuple[int, int]]) -> str:
         """Where an address lies, seen from the argument whose memory is closest."""
         arguments = self.module.kernel.regions[0].blocks[0].arguments
-        distance, k = min(
-            (max(low - address, address - high, 0), k) for k, (low, high) in enumerate(ranges)
-        )
+        distance, k = min((max(low - address, address - high, 0), k) for k, (low, high) in enumerate(ranges))
         low, high = ranges[k]
         number = self.pointers[k]
         type_ = self.types[number]

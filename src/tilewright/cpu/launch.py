@@ -40,7 +40,9 @@ class Launcher:
         descriptors = [k for k, kind in enumerate(self.signature) if _is_descriptor(kind)]
         flags = 0
         if descriptors:
-            others = sum(1 for k, kind in enumerate(self.signature) if k not in descriptors for _ in _leaves(kind, args[k]))
+            others = sum(
+                1 for k, kind in enumerate(self.signature) if k not in descriptors for _ in _leaves(kind, args[k])
+            )
             fixed = sum(1 + 4 * len(args[k].shape) for k in descriptors)
             # Versions of Triton differ in how many flags follow a descriptor's sizes.
             flags = (len(kernel.types) - others - fixed) // len(descriptors)

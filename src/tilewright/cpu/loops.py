@@ -154,7 +154,8 @@ class Fold:
     combine: Combine
 
     def __str__(self) -> str:
-        return f"{', '.join(map(str, self.targets))} = fold axis {self.axis} of {', '.join(map(str, self.values))} by {self.combine}"
+        targets, values = (", ".join(map(str, group)) for group in (self.targets, self.values))
+        return f"{targets} = fold axis {self.axis} of {values} by {self.combine}"
 
 
 @dataclass(eq=False)
@@ -224,7 +225,8 @@ class Dot(Statement):
     pairs: bool
 
     def __str__(self) -> str:
-        return f"{self.c} {'+=' if self.accumulate else '='} {self.a} @ {self.b}  ({self.batch} x {self.m} x {self.n} x {self.k})"
+        sizes = f"({self.batch} x {self.m} x {self.n} x {self.k})"
+        return f"{self.c} {'+=' if self.accumulate else '='} {self.a} @ {self.b} {sizes}"
 
 
 @dataclass(eq=False)

@@ -1,8 +1,8 @@
 """From Triton IR to the loop program: what is computed where, and in which nest of loops.
 
-A tile's elements are computed where they are needed; :mod:`analysis` says which tiles are stored instead. Everything that
-consumes tiles (a store, a reduction, a tile to be stored) is a sink of a nest of loops over the tile's shape, and sinks
-of one shape that follow each other share a nest as long as none needs what the nest has not finished.
+A tile's elements are computed where they are needed; :mod:`analysis` says which tiles are stored instead. Everything
+that consumes tiles (a store, a reduction, a tile to be stored) is a sink of a nest of loops over the tile's shape, and
+sinks of one shape that follow each other share a nest as long as none needs what the nest has not finished.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from tilewright.cpu import collectives, control, pointwise, tiles
-from tilewright.cpu.analysis import ANYWHERE, Analysis, analyse, is_lazy
+from tilewright.cpu.analysis import ANYWHERE, WRITES, Analysis, analyse, is_lazy
 from tilewright.cpu.diagnostics import unsupported
 from tilewright.cpu.expressions import Expr, Expressions
 from tilewright.cpu.loops import Buffer, Let, Nest, Parameter, Program, Return, Site, Store, Write
@@ -178,9 +178,7 @@ class Lowering:
             self.out.append(self.open.nest)
             self.open = None
 
-    def sink(
-        self, shape: Sequence[int], build: Callable[[tuple[Expr, ...]], list[Sink]], alone: bool = False
-    ) -> None:
+    def sink(self, shape: Sequence[int], build: Callable[[tuple[Expr, ...]], list[Sink]], alone: bool = False) -> None:
         """Add sinks over tiles of a shape, to the open nest if that can be; ``alone`` ones get a nest of their own."""
         loops = tuple(size for size in shape if size > 1)
         if alone or self.open is None or self.open.nest.shape != loops:
@@ -322,7 +320,9 @@ class Lowering:
         if not isinstance(pointer.type, Tensor):
             self.flush()
 
-    def function(self, function: Operation, arguments: Sequence[Binding], returns: Callable[[Sequence[Value]], None]) -> None:
+    def function(
+        self, function: Operation, arguments: Sequence[Binding], returns: Callable[[Sequence[Value]], None]
+    ) -> None:
         """Lower a function's body in place of a call."""
         if any(name == function.attributes["sym_name"] for name in self.calls):
             raise unsupported(function, "recursion")
@@ -387,7 +387,7 @@ def lower(module: Module, aliased: bool, fuse_multiply_add: bool) -> tuple[Progr
     facts = analyse(kernel, aliased)
     written: set[Value | str] = set()
     for operation in facts.position:
-        if operation.name in {"tt.store", "tt.atomic_rmw", "tt.atomic_cas"}:
+        if operation.name in WRITES:
             written |= facts.roots.get(operation.operands[0], frozenset({ANYWHERE}))
         if operation.name == "tt.call":
             written.add(ANYWHERE)

@@ -44,7 +44,18 @@ _CASTS = {
     "tt.ptr_to_int": "ptrtoint", "arith.index_cast": "sext",
 }  # fmt: skip
 
-COSTS = {"load": 4, "exp": 16, "exp2": 16, "log": 16, "log2": 16, "sin": 24, "cos": 24, "fdiv": 6, "sqrt": 6, "rsqrt": 8}
+COSTS = {
+    "load": 4,
+    "exp": 16,
+    "exp2": 16,
+    "log": 16,
+    "log2": 16,
+    "sin": 24,
+    "cos": 24,
+    "fdiv": 6,
+    "sqrt": 6,
+    "rsqrt": 8,
+}
 """What an expression costs, in additions; 1 unless it stands here."""
 
 
@@ -186,7 +197,6 @@ def _extern(make: Expressions, operation: Operation, args: list[Expr]) -> Expr:
     return make.make("call", element_of(operation.result.type), args, NATIVE[symbol])
 
 
-
 _BUILDERS: dict[str, Callable[[Expressions, Operation, list[Expr]], Expr]] = {
     **dict.fromkeys(_INTEGER, _integer),
     **dict.fromkeys(_FLOAT, _float),
@@ -209,5 +219,3 @@ def pointee_bytes(pointer: Element) -> int:
     assert isinstance(pointer, Pointer)
     assert not isinstance(pointer.pointee, Tensor)
     return I8.bytes if pointer.pointee == I1 else pointer.pointee.bytes
-
-

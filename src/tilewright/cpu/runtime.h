@@ -461,6 +461,7 @@ TW_INLINE bool tw_within(const tw_bounds *bounds, uint64_t allowed, const void *
     TW_INLINE int##bits##_t tw_atomic_xor_i##bits(int##bits##_t *p, int##bits##_t v) {                         \
         return __atomic_fetch_xor(p, v, __ATOMIC_ACQ_REL);                                                     \
     }                                                                                                          \
+    TW_INLINE int##bits##_t tw_atomic_load_i##bits(int##bits##_t *p) { return __atomic_load_n(p, __ATOMIC_ACQUIRE); } \
     TW_INLINE int##bits##_t tw_atomic_exchange_i##bits(int##bits##_t *p, int##bits##_t v) {                    \
         return __atomic_exchange_n(p, v, __ATOMIC_ACQ_REL);                                                    \
     }                                                                                                          \

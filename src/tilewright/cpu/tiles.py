@@ -102,7 +102,9 @@ def _cat(lowering: Lowering, operation: Operation, value: Value, index: Index) -
         raise unsupported(operation, "tl.cat of tiles of different size")
     # Both indices stay within bounds, whichever element is taken.
     inner = (make.int_op("and", index[0], make.const(size - 1, I32)), *index[1:])
-    return _either(lowering, operation, make.int_op("shru", index[0], make.const(size.bit_length() - 1, I32)), inner, inner)
+    return _either(
+        lowering, operation, make.int_op("shru", index[0], make.const(size.bit_length() - 1, I32)), inner, inner
+    )
 
 
 def _split(lowering: Lowering, operation: Operation, value: Value, index: Index) -> Expr:

@@ -164,7 +164,9 @@ class _Reader:
 
     def __init__(self, text: str) -> None:
         self.text = text
-        self.tokens = [(m.lastgroup or "", m.group(m.lastgroup or 0), m.start(m.lastgroup or 0)) for m in self._lex(text)]
+        self.tokens = [
+            (m.lastgroup or "", m.group(m.lastgroup or 0), m.start(m.lastgroup or 0)) for m in self._lex(text)
+        ]
         self.tokens.append(("end", "", len(text)))
         self.at = 0
         self.values: list[dict[str, list[Value]]] = [{}]
@@ -287,7 +289,9 @@ class _Reader:
             self._define(result_name, group)
             operation.results.extend(group)
         if not names:
-            operation.results = [Value(t, f"unnamed_{id(operation)}_{k}", operation, k) for k, t in enumerate(result_types)]
+            operation.results = [
+                Value(t, f"unnamed_{id(operation)}_{k}", operation, k) for k, t in enumerate(result_types)
+            ]
         return operation
 
     def _region(self) -> Region:
@@ -543,7 +547,9 @@ class _Reader:
                 return Location(inner.file, inner.line, inner.column, raw[1], inner.callers)
             if kind == "callsite":
                 callee, caller = resolve(raw[1]), resolve(raw[2])
-                return Location(callee.file, callee.line, callee.column, callee.name, (*callee.callers, *caller.frames()))
+                return Location(
+                    callee.file, callee.line, callee.column, callee.name, (*callee.callers, *caller.frames())
+                )
             if kind == "fused":
                 parts = [resolve(part) for part in raw[1]]
                 return next((part for part in parts if part.line), UNKNOWN)

@@ -9,7 +9,7 @@ from math import prod
 
 @dataclass(frozen=True)
 class Scalar:
-    """A number type, named as MLIR names it: ``i1`` to ``i64``, ``f8E4M3FN``, ``f8E5M2``, ``f16``, ``bf16``, ``f32``, ``f64``."""
+    """A number type, named as MLIR names it: ``i1``, ``i32``, ``f8E4M3FN``, ``bf16``, ``f32``."""
 
     name: str
 

@@ -52,6 +52,8 @@ class _Family(Protocol):
 
 def facts(device: torch.device) -> DeviceFacts:
     """The facts of ``device``. Asks the driver once per device, never before a tensor lies on it."""
+    if device.type == "cpu":  # how Triton kernels run there may be set anew
+        return _facts.__wrapped__("cpu", None)
     return _facts(device.type, device.index)
 
 
