@@ -204,7 +204,7 @@ def blocks(language):
 
 def words(text):
     """Without line breaks, and without the numbers by which versions of Triton tell unnamed values apart."""
-    return re.sub(r"\bi_\d+_", "i_", "".join(text.split()))
+    return "".join(re.sub(r"\bi_\d+_", "i_", text).split())
 
 
 def test_the_readmes_example_gives_what_it_shows(tmp_path):

@@ -19,7 +19,7 @@ from tilewright.cpu.loops import (
     Write,
 )  # fmt: skip
 from tilewright.cpu.ttir import Operation
-from tilewright.cpu.types import F16, F32, F64, I1, I8, I32, Tensor, element_of, shape_of
+from tilewright.cpu.types import BF16, F16, F32, F64, I1, I8, I32, Tensor, element_of, shape_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -179,11 +179,10 @@ def _scan(lowering: Lowering, operation: Operation) -> None:
 
 
 def _dot(lowering: Lowering, operation: Operation) -> None:
-    a, b, c = operation.operands
+    a, b, _ = operation.operands
     *batch, m, k = shape_of(a.type)
     n = shape_of(b.type)[-1]
-    result = operation.result
-    wide = element_of(result.type)
+    wide = element_of(operation.result.type)
     narrow = element_of(a.type)
     if narrow.is_int:
         compute: Element = narrow if narrow == I8 else I32
@@ -194,16 +193,23 @@ def _dot(lowering: Lowering, operation: Operation) -> None:
         if wide not in (F32, F64, F16) or (wide == F64) != (narrow == F64):
             raise unsupported(operation, f"a dot of {narrow} into {wide}")
     left, right = _operand(lowering, operation, a, compute), _operand(lowering, operation, b, compute)
+    sizes = (batch[0] if batch else 1, m, n, k)
+    _multiply(lowering, operation, left, right, sizes, pairs=narrow == BF16 and element_of(b.type) == BF16)
+
+
+def _multiply(
+    lowering: Lowering, operation: Operation, left: Buffer, right: Buffer, sizes: tuple[int, int, int, int], pairs: bool
+) -> None:
+    """The product of two stored tiles, added to the operation's third operand."""
+    c, result = operation.operands[2], operation.result
+    wide = element_of(result.type)
     zero = _is_zero(lowering, c)
     home = lowering.homes.get(operation)
     target = home or lowering.buffer(result.name, F32 if wide == F16 else wide, shape_of(result.type))
     if not zero:
         _start_from(lowering, target, c, home is not None)
     lowering.flush()
-    both_bf16 = narrow.bits == 16 and str(narrow) == "bf16" and str(element_of(b.type)) == "bf16"
-    lowering.out.append(
-        Dot(left, right, target, batch[0] if batch else 1, m, n, k, accumulate=not zero, pairs=both_bf16)
-    )
+    lowering.out.append(Dot(left, right, target, *sizes, accumulate=not zero, pairs=pairs))
     if wide == F16:
         half = lowering.buffer(result.name, F16, shape_of(result.type))
 
@@ -214,6 +220,67 @@ def _dot(lowering: Lowering, operation: Operation) -> None:
         lowering.sink(half.shape, build)
         target = half
     lowering.bindings[result] = target
+
+
+_E2M1 = 4
+"""Triton's number for pairs of 4-bit floats in a byte."""
+
+
+def _dot_scaled(lowering: Lowering, operation: Operation) -> None:
+    """A product of tiles with a power of two for each group along k, which multiplies the elements exactly."""
+    attributes = operation.attributes
+    a, b, c, *rest = operation.operands
+    has_a, has_b = attributes["operandSegmentSizes"][3:]
+    a_scale = rest.pop(0) if has_a else None
+    b_scale = rest.pop(0) if has_b else None
+    *batch, m, n = shape_of(c.type)
+    packed = attributes["a_elem_type"] == _E2M1, attributes["b_elem_type"] == _E2M1
+    k = shape_of(a.type)[-1] * (2 if packed[0] and attributes["lhs_k_pack"] else 1)
+    left = _scaled(lowering, a, a_scale, (*batch, m, k), -1, packed[0] and (-1 if attributes["lhs_k_pack"] else -2))
+    right = _scaled(lowering, b, b_scale, (*batch, k, n), -2, packed[1] and (-2 if attributes["rhs_k_pack"] else -1))
+    _multiply(lowering, operation, left, right, (batch[0] if batch else 1, m, n, k), pairs=False)
+
+
+def _scaled(
+    lowering: Lowering, value: Value, scale: Value | None, shape: tuple[int, ...], k_axis: int, packed: int | bool
+) -> Buffer:
+    """An operand as fp32, its elements times their groups' scales.
+
+    Args:
+        lowering: the kernel's.
+        value: the elements.
+        scale: the exponents of the groups along k, their axis of k last; None for none.
+        shape: the operand's shape.
+        k_axis: its axis of k, from the end.
+        packed: the axis, from the end, along which bytes hold two elements; False if they hold one.
+    """
+    make = lowering.make
+    target = lowering.buffer(value.name, F32, shape)
+    group = 1 if scale is None else shape[k_axis] // shape_of(scale.type)[-1]
+
+    def shifted(index: Index, axis: int, bits: int) -> Index:
+        at = list(index)
+        at[axis] = make.int_op("shru", at[axis], make.const(bits, I32))
+        return tuple(at)
+
+    def build(index: Index) -> list[Sink]:
+        if packed:
+            byte = lowering.element(value, shifted(index, packed, 1))
+            half = make.int_op("and", index[packed], make.const(1, I32))
+            e = make.make("call", F32, (byte, half), "tw_bits_e2m1")
+        else:
+            e = make.make("fcast", F32, (lowering.element(value, index),))
+        if scale is not None:
+            at = shifted(index, k_axis, group.bit_length() - 1)
+            if k_axis == -2:  # the scales of the right operand lie as [n, groups]
+                at = (*at[:-2], at[-1], at[-2])
+            power = make.make("call", F32, (lowering.element(scale, at),), "tw_bits_e8m0")
+            e = make.make("fmul", F32, (e, power))
+        return [Write(target, make.flat(index, shape), e)]
+
+    lowering.sink(shape, build)
+    lowering.flush()
+    return target
 
 
 def _operand(lowering: Lowering, operation: Operation, value: Value, compute: Element) -> Buffer:
@@ -338,6 +405,7 @@ HANDLERS: dict[str, Callable[[Lowering, Operation], None]] = {
     "tt.reduce": _reduce,
     "tt.scan": _scan,
     "tt.dot": _dot,
+    "tt.dot_scaled": _dot_scaled,
     "tt.histogram": _histogram,
     "tt.atomic_rmw": _atomic,
     "tt.atomic_cas": _atomic,

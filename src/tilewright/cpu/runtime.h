@@ -88,6 +88,19 @@ TW_INLINE float tw_bits_e4m3(int8_t b) {
 }
 TW_INLINE float tw_round_e4m3(float x) { return tw_bits_e4m3(tw_e4m3_bits(x)); }
 
+/* The scales and the 4-bit elements of microscaling formats: powers of two, and the half of a byte that is asked for. */
+TW_INLINE float tw_bits_e8m0(int8_t b) {
+    uint32_t exponent = (uint8_t)b;
+    uint32_t u = exponent == 0 ? 0x400000u : exponent == 255 ? 0x7fc00000u : exponent << 23;
+    return tw_bits_float((int32_t)u);
+}
+TW_INLINE float tw_bits_e2m1(int8_t byte, int32_t upper) {
+    uint32_t b = ((uint32_t)(uint8_t)byte >> (upper ? 4 : 0)) & 0xfu, sign = (b & 8u) << 28, a = b & 7u;
+    /* Exponent and mantissa take the top of fp32's; the factor moves the exponent, and makes 0.5 of the number below 1. */
+    uint32_t u = (uint32_t)tw_float_bits(tw_bits_float((int32_t)(a << 22)) * 0x1p126f);
+    return tw_bits_float((int32_t)(u | sign));
+}
+
 /* Towards zero: one step back where rounding to nearest went up. Infinity stays, where the format has it. */
 #define TW_TOWARDS_ZERO(name, bits_type)                                                                       \
     TW_INLINE float tw_rtz_##name(float x) {                                                                   \
