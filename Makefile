@@ -9,8 +9,10 @@ READY := $(VENV)/.ready
 demo: $(READY)  ## train a small decoder with and without tilewright, write report.html
 	$(BIN)/tilewright demo
 
-test: $(READY)  ## every test that runs without a GPU
+test: $(READY)  ## every test that runs without a GPU; the conformance suite also by both interpreters
 	$(BIN)/python -m pytest -n auto -m "not gpu"
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -n auto tests/conformance
+	TILEWRIGHT_CPU_EXECUTOR=interpreter $(BIN)/python -m pytest -q -n auto tests/conformance
 
 lint: $(READY)  ## style, imports, docstrings, generated tables
 	$(BIN)/ruff check .
@@ -22,6 +24,7 @@ type: $(READY)  ## strict type checking
 
 bench: $(READY)  ## measure the operations on this machine
 	$(BIN)/tilewright bench rope
+	$(BIN)/tilewright bench cpu
 
 docs: $(READY)  ## write the generated tables of the documentation anew
 	$(BIN)/python tools/make_tables.py

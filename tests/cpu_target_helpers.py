@@ -69,4 +69,4 @@ def assert_points_at(message, kernel, text):
     assert at >= column
     assert line[at].strip()
     assert not line[at - 1].isalnum()
-    assert int(at_column) in (at, at + 1)  # counted from 0 or from 1, by version
+    assert int(at_column) == at + 1  # counted from 1, as compilers and editors do

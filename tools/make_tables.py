@@ -28,6 +28,7 @@ PAGES = (
     "benchmarks/results/README.md",
     *(f"src/tilewright/ops/{member.name}/README.md" for member in families()),
 )
+CPU = ROOT / "benchmarks" / "results" / "cpu-target-amd-epyc.jsonl"
 MARK = re.compile(r"(<!-- table: (?P<name>[^>]+?) -->\n).*?(<!-- end -->)", re.DOTALL)
 SHOWN = (
     "b4 s2048 h32 d128",
@@ -109,12 +110,54 @@ def shares(path: Path) -> str:
     return "\n".join(report.header(written[0])) + "\n\n" + markdown(heads, rows)
 
 
+def cpu_target(path: Path) -> str:
+    """Times of plain Triton kernels on a CPU, and how many times as long the others take."""
+    written = records.read(path)
+    times = {
+        (record["workload"], record["dtype"], record["provider"]): record["time"]["median_us"] / 1e3
+        for record in written
+        if record["record"] == "result" and record["status"] == "ok"
+    }
+    ratios = {
+        (record["workload"], record["dtype"], record["ours"], record["rival"]): record["ratio"]
+        for record in written
+        if record["record"] == "ratio"
+    }
+
+    def against(workload: str, dtype: str, *pairs: tuple[str, str]) -> str:
+        found = [ratios.get((workload, dtype, ours, rival)) for ours, rival in pairs]
+        return next((f"{ratio:.0f}" if ratio >= 100 else f"{ratio:.2f}" for ratio in found if ratio is not None), "-")
+
+    rows = []
+    for workload, dtype in dict.fromkeys((workload, dtype) for workload, dtype, _ in times):
+        ours = next(p for p in ("triton out", "triton") if (workload, dtype, p) in times)
+        rows.append(
+            (
+                workload,
+                dtype,
+                f"{times[workload, dtype, ours]:.2f}",
+                against(workload, dtype, ("triton out", "torch.compile out")),
+                against(workload, dtype, ("triton", "torch.compile")),
+                against(workload, dtype, ("triton out", "torch out"), ("triton", "torch")),
+                against(workload, dtype, ("triton out", "interpreter"), ("triton", "interpreter")),
+            )
+        )
+    environment = written[0]["environment"]
+    machine, torch = environment["machine"], environment["torch"]
+    head = f"{machine['cpu']}, {torch['threads']} threads, torch {torch['version']}, triton {environment['triton']['version']}"
+    heads = (
+        "kernel", "dtype", "Triton, ms", "`torch.compile`, out", "`torch.compile`", "torch", "`TRITON_INTERPRET=1`",
+    )  # fmt: skip
+    return f"{head}.\n\n" + markdown(heads, rows)
+
+
 def tables() -> dict[str, Callable[[], str]]:
     """Every table by its name."""
     made: dict[str, Callable[[], str]] = {
         "operations": operations,
         "rope on H200": partial(shares, H200),
         "rope on H200, everything": partial(report.to_markdown, H200),
+        "cpu target": partial(cpu_target, CPU),
     }
     return made | {f"support of {member.name}": partial(support, member) for member in families()}
 

@@ -14,6 +14,13 @@ from tilewright.errors import KernelBuildError
 from tilewright.platforms.cpu import c_compiler
 
 
+MOST_KIB = 8 << 20
+"""Memory that the C compiler may take: a kernel that needs more fails, and the machine does not."""
+
+MOST_SECONDS = 300
+"""Time that the C compiler may take."""
+
+
 @lru_cache(maxsize=1)
 def machine() -> str:
     """What native code depends on besides its text: the compiler, its version and the processor's features."""
@@ -74,8 +81,12 @@ def shared_object(source: str, name: str, fuse_multiply_add: bool) -> str:
     with tempfile.TemporaryDirectory(prefix="tilewright-") as folder:
         c_file, so_file = Path(folder, f"{name[:100]}.c"), Path(folder, file_name)
         c_file.write_text(source, encoding="utf-8")
-        command = [path, *options, str(c_file), "-o", str(so_file), "-lm"]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        limited = ["/bin/sh", "-c", f'ulimit -v {MOST_KIB} 2>/dev/null; exec "$@"', "sh"]
+        command = [*limited, path, *options, str(c_file), "-o", str(so_file), "-lm"]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=MOST_SECONDS)
+        except subprocess.TimeoutExpired as error:
+            raise KernelBuildError(f"{path} has not built the kernel '{name}' in {MOST_SECONDS} s") from error
         if done.returncode:
             raise KernelBuildError(f"{path} cannot build the kernel '{name}':\n{done.stderr[-4000:]}")
         cache.put(source, f"{name[:100]}.c", binary=False)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from tilewright.cpu.c_expressions import Writer, c_type, from_memory, to_memory
 from tilewright.cpu.expressions import depth
-from tilewright.cpu.guards import without_masks
+from tilewright.cpu.guards import leading, without_masks
 from tilewright.cpu.loops import Atomic, Buffer, Fold, Nest, Store, Write
 from tilewright.cpu.types import F64, I1, Pointer
 
@@ -91,6 +91,7 @@ class NestWriter:
         self.writer = Writer(make, self.order, checked, self._element_number())
         self.names: dict[Expr, str] = {}
         self.single = False
+        self.prefix = "t"
         self.text = _Text()
         inner = self.order[-1] if self.order else -1
         folds = [sink for sink in nest.sinks if isinstance(sink, Fold)]
@@ -106,9 +107,11 @@ class NestWriter:
     def lines(self) -> list[str]:
         """The nest as lines of C."""
         self._declare_scalars()
-        found = (
-            None if self.checked or self.nest.serial or not self.order else without_masks(self.writer.make, self.nest)
-        )
+        plain = not (self.checked or self.nest.serial or not self.order)
+        split = leading(self.writer.make, self.nest) if plain and self.nest.shape[0] > LANES else None
+        if split is not None and not self.other_folds:
+            return [*self.text.lines, *self._split_body(*split)]
+        found = without_masks(self.writer.make, self.nest) if plain else None
         if found is None:
             return [*self.text.lines, *self._body()]
         condition, bare = found
@@ -121,18 +124,8 @@ class NestWriter:
 
     def _body(self) -> list[str]:
         """The loops, in a block."""
-        from tilewright.cpu.collectives import roots_of
-
         self.text.lines = []
-
-        roots = [root for sink in self.nest.sinks for root in roots_of(sink)]
-        positions = [sink.position for sink in self.nest.sinks if not isinstance(sink, Store)]
-        pointers = [sink.pointer for sink in self.nest.sinks if isinstance(sink, Store | Atomic)]
-        # A pointer that is stored through is written as an address, not as a value.
-        addresses = [part for pointer in pointers for part in self.writer.address(pointer)[:2]]
-        values = [root for root in roots if not any(root is other for other in [*pointers, *positions])]
-        values += [self.writer.position(position) for position in positions]
-        temps = temporaries(self.writer, [*values, *addresses], self.order, self._is_overwritten)
+        temps = self._temporaries()
         self.text.open("")
         self._start_folds()
         turned = self._turned()
@@ -144,6 +137,50 @@ class NestWriter:
             self.text.add(f"tw_transpose((const int32_t *)turned, (int32_t *){turned.buffer.name}, {columns}, {rows});")
         self.text.close()
         return self.text.lines
+
+    def _split_body(self, count: Expr, bare: Nest) -> list[str]:
+        """One loop in two parts: the elements before the first that a mask shuts out, then the others."""
+        size = self.nest.shape[0]
+        lanes = LANES if self.lane_folds else 1
+        fast = NestWriter(self.writer.make, bare, self.checked)
+        fast.text = self.text = _Text()
+        self.text.open("")
+        whole = f" / {lanes} * {lanes}" if lanes > 1 else ""
+        self.text.add(f"const int full = (int)({self.value(count)}){whole};")
+        if lanes > 1:
+            self._declare_lanes(lanes)
+        fast._part("0", "full", lanes, "f")
+        self._part("full", str(size), lanes, "t")
+        if lanes > 1:
+            self._finish_lanes(lanes)
+        self.text.close()
+        return self.text.lines
+
+    def _part(self, start: str, stop: str, lanes: int, prefix: str) -> None:
+        """The loop from ``start`` to ``stop``, in steps of the lanes of its reductions."""
+        self.prefix = prefix
+        temps = self._temporaries()
+        self._settle(0, temps)
+        if lanes > 1:
+            self._lanes(start, stop, lanes, temps)
+            return
+        self.text.add("#pragma omp simd")
+        self.text.open(f"for (int i0 = {start}; i0 < {stop}; i0++)")
+        self._loop(1, temps)
+        self.text.close()
+
+    def _temporaries(self) -> list[tuple[int, Expr]]:
+        """What gets a variable, and in how many loops it stands."""
+        from tilewright.cpu.collectives import roots_of
+
+        roots = [root for sink in self.nest.sinks for root in roots_of(sink)]
+        positions = [sink.position for sink in self.nest.sinks if not isinstance(sink, Store)]
+        pointers = [sink.pointer for sink in self.nest.sinks if isinstance(sink, Store | Atomic)]
+        # A pointer that is stored through is written as an address, not as a value.
+        addresses = [part for pointer in pointers for part in self.writer.address(pointer)[:2]]
+        values = [root for root in roots if not any(root is other for other in [*pointers, *positions])]
+        values += [self.writer.position(position) for position in positions]
+        return temporaries(self.writer, [*values, *addresses], self.order, self._is_overwritten)
 
     def _turned(self) -> Write | None:
         """The tile that a nest stores across the direction it runs in: it is stored along it, and then transposed.
@@ -200,13 +237,7 @@ class NestWriter:
 
     def _loop(self, level: int, temps: list[tuple[int, Expr]]) -> None:
         """The loop at a level and all inside it, after what is computed before it."""
-        for at, e in temps:
-            if at == level:
-                name = f"t{len(self.names)}"
-                self.text.add(
-                    f"const {c_type(e.type)} {name} = {self.value(e)};".replace("const char *", "char *const ")
-                )
-                self.names[e] = name
+        self._settle(level, temps)
         if level == len(self.order):
             for sink in self.nest.sinks:
                 self._sink(sink)
@@ -215,7 +246,7 @@ class NestWriter:
         size = self.nest.shape[loop]
         innermost = level == len(self.order) - 1
         if innermost and self.lane_folds:
-            self._lane_loop(level, loop, size, temps)
+            self._lane_loop(size, temps)
             return
         if innermost and not self.nest.serial and not self.checked:
             self.text.add("#pragma omp simd")
@@ -223,26 +254,46 @@ class NestWriter:
         self._loop(level + 1, temps)
         self.text.close()
 
+    def _settle(self, level: int, temps: list[tuple[int, Expr]]) -> None:
+        """Compute what stands in so many loops."""
+        for at, e in temps:
+            if at == level:
+                name = f"{self.prefix}{len(self.names)}"
+                type_ = f"const {c_type(e.type)}".replace("const char *", "char *const")
+                self.text.add(f"{type_} {name} = {self.value(e)};")
+                self.names[e] = name
+
     # Reductions along the innermost loop, in lanes
 
-    def _lane_loop(self, level: int, loop: int, size: int, temps: list[tuple[int, Expr]]) -> None:
+    def _lane_loop(self, size: int, temps: list[tuple[int, Expr]]) -> None:
         lanes = min(LANES, size)
         self.single = lanes == size
+        self._declare_lanes(lanes)
+        self._lanes("0", str(size), lanes, temps)
+        self._finish_lanes(lanes)
+
+    def _declare_lanes(self, lanes: int) -> None:
+        """The partial results, which change nothing so far."""
         for number, fold in enumerate(self.lane_folds):
             assert fold.combine.identity is not None
             for k, identity in enumerate(fold.combine.identity):
-                type_ = c_type(identity.type)
-                self.text.add(f"_Alignas(64) {type_} lane{number}_{k}[{lanes}];")
+                self.text.add(f"_Alignas(64) {c_type(identity.type)} lane{number}_{k}[{lanes}];")
                 if not self.single:
                     self.text.add(f"for (int l = 0; l < {lanes}; l++) lane{number}_{k}[l] = {self.value(identity)};")
-        self.text.open(f"for (int r = 0; r < {size}; r += {lanes})")
+
+    def _lanes(self, start: str, stop: str, lanes: int, temps: list[tuple[int, Expr]]) -> None:
+        """The innermost loop in steps of the lanes."""
+        self.text.open(f"for (int r = {start}; r < {stop}; r += {lanes})")
         if not self.checked:
             self.text.add("#pragma omp simd")
         self.text.open(f"for (int l = 0; l < {lanes}; l++)")
-        self.text.add(f"const int i{loop} = r + l;")
-        self._loop(level + 1, temps)
+        self.text.add(f"const int i{self.order[-1]} = r + l;")
+        self._loop(len(self.order), temps)
         self.text.close()
         self.text.close()
+
+    def _finish_lanes(self, lanes: int) -> None:
+        """Combine the partial results, and keep the last one."""
         for number, fold in enumerate(self.lane_folds):
             half = lanes // 2
             while half:

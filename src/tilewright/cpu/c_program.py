@@ -6,7 +6,7 @@ from functools import lru_cache
 from importlib.resources import files
 from typing import TYPE_CHECKING
 
-from tilewright.cpu.c_expressions import Writer, c_type
+from tilewright.cpu.c_expressions import FORMATS, Writer, c_type
 from tilewright.cpu.c_nests import NestWriter, _Text, write_combine
 from tilewright.cpu.loops import (
     Assert,
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
     from tilewright.cpu.expressions import Expr, Expressions
     from tilewright.cpu.loops import Program, Statement
+    from tilewright.cpu.types import Element
 
 WORTH_THREADS = 32768
 """Launches of fewer elements run on one thread: to start the others would take longer."""
@@ -343,17 +344,17 @@ def _index_of(position: str, shape: Sequence[int]) -> list[str]:
     return index[::-1] or ["0"]
 
 
-def _printed(element: object, text: str, signed: bool, hexadecimal: bool) -> tuple[str, str]:
-    """The format and the argument that print a value."""
-    from tilewright.cpu.types import Pointer as PointerType
-
-    if isinstance(element, PointerType):
+def _printed(element: Element, text: str, signed: bool, hexadecimal: bool) -> tuple[str, str]:
+    """The format and the argument that print a value; in hexadecimal all digits of its bits."""
+    if isinstance(element, Pointer):
         return "%p", f"(void *){text}"
-    if getattr(element, "is_float", False):
-        return "%f", f"(double){text}"
-    bits = max(8, element.bits)  # type: ignore[attr-defined]
+    bits = max(8, element.bits)
     if hexadecimal:
-        return "0x%llx", f"(unsigned long long)(uint{bits}_t){text}"
+        if element.is_float:
+            text = f"tw_{FORMATS.get(element) or ('double' if bits == 64 else 'float')}_bits({text})"
+        return f"0x%0{bits // 4}llx", f"(unsigned long long)(uint{bits}_t){text}"
+    if element.is_float:
+        return "%f", f"(double){text}"
     if signed or element == I1:
         return "%lld", f"(long long){text}"
     return "%llu", f"(unsigned long long)(uint{bits}_t){text}"

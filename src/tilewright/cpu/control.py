@@ -66,8 +66,10 @@ def _variable(lowering: Lowering, value: Value) -> Binding:
     return lowering.make.var(name, element)
 
 
-def _assign(lowering: Lowering, targets: Sequence[Binding], values: Sequence[Value]) -> None:
-    """Give places the values, as if all at once."""
+def _assign(
+    lowering: Lowering, targets: Sequence[Binding], values: Sequence[Value], steps: Sequence[tuple[str, Expr]] = ()
+) -> None:
+    """Give places the values, as if all at once, and variables those of ``steps`` with them."""
     lowering.flush()
     pairs = [(t, v) for t, v in zip(targets, values, strict=True) if isinstance(t, Buffer)]
     pairs = [(t, v) for t, v in pairs if _bound(lowering, v) is not t]
@@ -91,7 +93,7 @@ def _assign(lowering: Lowering, targets: Sequence[Binding], values: Sequence[Val
         _copy(lowering, target, copy)
     lowering.flush()
     scalars = [(t, lowering.scalar(v)) for t, v in zip(targets, values, strict=True) if isinstance(t, Expr)]
-    moving = [(str(target.attr), value) for target, value in scalars if value is not target]
+    moving = [*steps, *((str(target.attr), value) for target, value in scalars if value is not target)]
     if moving:
         lowering.out.append(Assign(moving))
 
@@ -185,7 +187,6 @@ def _for(lowering: Lowering, operation: Operation) -> None:
     _find_homes(lowering, body, [(carried[k], places[k], yielded[k]) for k in assigned])
 
     def end() -> None:
-        _assign(lowering, [places[k] for k in assigned], [yielded[k] for k in assigned])
         steps = []
         for name, amount in shifts:
             place = next(p for p in places if isinstance(p, Shifted) and p.by.attr == name)
@@ -194,8 +195,7 @@ def _for(lowering: Lowering, operation: Operation) -> None:
             if by.type != place.by.type:
                 by = lowering.make.make("sext", place.by.type, (by,))
             steps.append((name, lowering.make.int_op("add", place.by, by)))
-        if steps:
-            lowering.out.append(Assign(steps))
+        _assign(lowering, [places[k] for k in assigned], [yielded[k] for k in assigned], steps)
 
     inner = _region(lowering, body.operations[:-1], end)
     unsigned = bool(operation.attributes.get("unsignedCmp", False))

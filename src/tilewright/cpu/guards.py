@@ -39,6 +39,34 @@ def without_masks(make: Expressions, nest: Nest) -> tuple[Expr, Nest] | None:
     return condition, Nest(nest.shape, [_mapped(sink, rewrite) for sink in nest.sinks], nest.serial)
 
 
+def leading(make: Expressions, nest: Nest) -> tuple[Expr, Nest] | None:
+    """How many elements of a nest of one loop come before the first that a mask shuts out, and the nest for those.
+
+    None unless all masks end with a number that does not depend on the loop, as ``offsets < n`` does.
+    """
+    if len(nest.shape) != 1:
+        return None
+    index = make.index(0)
+    finder = _Finder(make, {index: nest.shape[0]})
+    true, count = make.const(1, I1), make.const(nest.shape[0], I64)
+    settled: dict[Expr, Expr] = {}
+    for leaf in _leaves(nest):
+        if leaf.loops == 0:
+            continue
+        until = finder.until(leaf, index)
+        if until is None:
+            return None
+        settled[leaf] = true
+        count = make.make("mins", I64, (count, until))
+    if not settled:
+        return None
+    zero = make.const(0, I64)
+    count = make.make("maxs", I64, (count, zero))
+    for part in finder.conditions:
+        count = make.make("select", I64, (part, count, zero))
+    return count, Nest(nest.shape, [_mapped(sink, _Rewrite(make, settled)) for sink in nest.sinks])
+
+
 def _leaves(nest: Nest) -> list[Expr]:
     """The comparisons that the masks of loads and stores are made of."""
     from tilewright.cpu.collectives import roots_of
@@ -89,6 +117,20 @@ class _Finder:
         needed.append(self.make.make("cmpi", I1, (most, least), predicate))
         self.conditions += needed
         return True
+
+    def until(self, comparison: Expr, index: Expr) -> Expr | None:
+        """Up to which value of the loop's variable the comparison holds; None if it does not end so."""
+        if comparison.op != "cmpi" or comparison.attr not in {"slt", "sle", "sgt", "sge"}:
+            return None
+        small, large = comparison.args if comparison.attr in {"slt", "sle"} else comparison.args[::-1]
+        if small.type not in (I32, I64) or large.loops:
+            return None
+        low, high = self._sum(small, self.conditions), self._sum(large, self.conditions)
+        if low is None or high is None or low[1] != {index: 1}:
+            return None
+        make = self.make
+        rest = make.make("addn", I64, (high[0], make.make("muln", I64, (low[0], make.const(-1, I64)))))
+        return rest if comparison.attr in {"slt", "sgt"} else make.make("addn", I64, (rest, make.const(1, I64)))
 
     def _sum(self, e: Expr, needed: list[Expr]) -> tuple[Expr, dict[Expr, int]] | None:
         """The expression as a 64-bit base that does not depend on the loops, and multiples of the loops' variables.
