@@ -487,8 +487,8 @@ def matmul(
     activation: Activation = "none",
     wrap: bool = False,
     out: torch.Tensor | None = None,
-    block_m: int = 64,
-    block_n: int = 64,
+    block_m: int = 128,
+    block_n: int = 128,
     block_k: int = 64,
     group_m: int = 8,
 ) -> torch.Tensor:

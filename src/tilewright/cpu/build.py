@@ -13,6 +13,8 @@ from pathlib import Path
 from tilewright.errors import KernelBuildError
 from tilewright.platforms.cpu import c_compiler
 
+OUTLINED = "tw_nest_0("
+"""What a kernel of many nests contains, which are written as functions then."""
 
 MOST_KIB = 8 << 20
 """Memory that the C compiler may take: a kernel that needs more fails, and the machine does not."""
@@ -72,6 +74,8 @@ def shared_object(source: str, name: str, fuse_multiply_add: bool) -> str:
     if path is None:
         raise KernelBuildError("there is no C compiler: install gcc or clang, or set CC")
     options = flags(fuse_multiply_add)
+    if OUTLINED in source and "clang" not in machine():
+        options.append("-fno-ivopts")  # whose time and memory grow out of bounds over deep nests
     key = hashlib.sha256("\0".join([source, machine(), *options]).encode()).hexdigest()
     cache = get_cache_manager(key)
     file_name = f"{name[:100]}.so"

@@ -14,6 +14,7 @@ from tilewright.cpu.loops import (
     Buffer,
     Declare,
     Dot,
+    Fold,
     For,
     Histogram,
     If,
@@ -35,6 +36,9 @@ if TYPE_CHECKING:
     from tilewright.cpu.expressions import Expr, Expressions
     from tilewright.cpu.loops import Program, Statement
     from tilewright.cpu.types import Element
+
+MANY_NESTS = 16
+"""A kernel with more nests than these is written as many functions."""
 
 WORTH_THREADS = 32768
 """Launches of fewer elements run on one thread: to start the others would take longer."""
@@ -67,6 +71,8 @@ class _ProgramWriter:
         self.checked = checked
         self.out = _Text()
         self.plain = Writer(make, (), checked)
+        self.functions: list[str] = []
+        self.outlined = not checked and _nests(program.body) > MANY_NESTS
 
     def text(self) -> str:
         fields = "".join(f"    {self._field(p.type)}{p.name};\n" for p in self.program.parameters)
@@ -87,7 +93,8 @@ class _ProgramWriter:
             "tw_report *report, const tw_bounds *bounds, char *scratch, FILE *out)"
         )
         launch = _launch(scratch, self._prints(self.program.body), work(self.program.body))
-        return f"{runtime()}\n{head}\n{signature} {{\n{body}\n}}\n{launch}"
+        functions = "\n".join(self.functions)
+        return f"{runtime()}\n{head}\n{functions}\n{signature} {{\n{body}\n}}\n{launch}"
 
     @staticmethod
     def _field(type_: object) -> str:
@@ -127,6 +134,8 @@ class _ProgramWriter:
         """Write one statement."""
         if isinstance(statement, Nest):
             lines = NestWriter(self.make, statement, self.checked).lines()
+            if self.outlined and not any(isinstance(getattr(s, "target", None), str) for s in statement.sinks):
+                lines = self._outlined(statement, lines)
             extra = "    " * (self.out.level - 1)
             self.out.lines += [extra + line for line in lines]
         elif isinstance(statement, Let):
@@ -153,6 +162,36 @@ class _ProgramWriter:
             self.out.add("return;")
         else:
             self._collective(statement)
+
+    def _outlined(self, nest: Nest, lines: list[str]) -> list[str]:
+        """The nest as a function of its own, and the call of it.
+
+        Compilers take far more than twice as long for a function of twice the size, and a kernel that sorts has a
+        hundred nests.
+        """
+        from tilewright.cpu.collectives import roots_of
+
+        parameters: dict[str, str] = {}
+        seen: set[Expr] = set()
+        for sink in nest.sinks:
+            if isinstance(sink, Fold) and any(isinstance(target, str) for target in sink.targets):
+                return lines
+            targets = (
+                sink.targets if isinstance(sink, Fold) else [getattr(sink, "buffer", getattr(sink, "target", None))]
+            )
+            for buffer in targets:
+                if isinstance(buffer, Buffer):
+                    parameters[buffer.name] = f"{c_type(buffer.element)} *restrict {buffer.name}"
+            own = {e.attr for e in (*sink.combine.left, *sink.combine.right)} if isinstance(sink, Fold) else set()
+            for part in (part for root in roots_of(sink) for part in root.walk(seen)):
+                if part.op == "element":
+                    parameters[part.attr.name] = f"{c_type(part.attr.element)} *restrict {part.attr.name}"
+                elif part.op == "var" and part.attr not in own:
+                    parameters[part.attr] = f"{c_type(part.type)} {part.attr}"
+        name = f"tw_nest_{len(self.functions)}"
+        head = f"static __attribute__((noinline)) void {name}({', '.join(parameters.values())}) {{"
+        self.functions.append("\n".join([head, *lines, "}"]))
+        return [f"    {name}({', '.join(parameters)});"]
 
     def _body(self, statements: Sequence[Statement]) -> None:
         for statement in statements:
@@ -358,6 +397,16 @@ def _printed(element: Element, text: str, signed: bool, hexadecimal: bool) -> tu
     if signed or element == I1:
         return "%lld", f"(long long){text}"
     return "%llu", f"(unsigned long long)(uint{bits}_t){text}"
+
+
+def _nests(statements: Sequence[Statement]) -> int:
+    """How many nests there are, in all branches and loops."""
+    total = 0
+    for statement in statements:
+        bodies = [statement.body] if isinstance(statement, For | Loop) else []
+        bodies += [statement.then, statement.otherwise] if isinstance(statement, If) else []
+        total += isinstance(statement, Nest) + sum(_nests(body) for body in bodies)
+    return total
 
 
 def work(statements: Sequence[Statement]) -> int:

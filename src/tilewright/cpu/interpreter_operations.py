@@ -310,6 +310,47 @@ def _dot(operation: Operation, operands: Sequence[Tensor]) -> Tensor:
     return numerics.shrink(product + c, c.dtype)
 
 
+_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+
+
+def _dot_scaled(operation: Operation, operands: Sequence[Tensor]) -> Tensor:
+    """A product whose operands are scaled by a power of two per group along k, accumulated in f64 and rounded once."""
+    attributes = operation.attributes
+    values = [broadcast(x, shape_of(v.type)) for v, x in zip(operation.operands, operands, strict=True)]
+    types = [element_of(v.type) for v in operation.operands]
+    has_left, has_right = attributes["operandSegmentSizes"][3:]
+    scales = values[3:]
+    packed = attributes["a_elem_type"] == 4, attributes["b_elem_type"] == 4
+    left = _elements(values[0], types[0], packed[0] and (-1 if attributes["lhs_k_pack"] else -2))
+    right = _elements(values[1], types[1], packed[1] and (-2 if attributes["rhs_k_pack"] else -1))
+    if has_left:
+        left = left * _powers(scales[0], left.shape[-1])
+    if has_right:
+        right = right * _powers(scales[-1], right.shape[-2]).transpose(-1, -2)
+    total = numerics.widen(values[2], types[2]).to(torch.float64)
+    return numerics.narrow(left @ right + total, types[2])
+
+
+def _elements(x: Tensor, element: Element, axis: int | bool) -> Tensor:
+    """Elements as f64; bytes that hold two 4-bit floats are taken apart along ``axis``, the low half first."""
+    if not axis:
+        return numerics.widen(x, element).to(torch.float64)
+    table = torch.tensor(_E2M1, dtype=torch.float64)
+    codes = x.to(torch.int64) & 0xFF
+    halves = torch.stack((table[codes & 15], table[codes >> 4]), dim=-1)
+    if axis == -1:
+        return halves.flatten(-2)
+    return halves.transpose(-1, -2).flatten(-3, -2)
+
+
+def _powers(scale: Tensor, size: int) -> Tensor:
+    """Exponents of groups as powers of two for ``size`` elements; 255 is NaN."""
+    codes = scale.to(torch.int64) & 0xFF
+    powers = torch.ldexp(torch.ones_like(codes, dtype=torch.float64), codes - 127)
+    powers = torch.where(codes == 255, torch.nan, powers)
+    return powers.repeat_interleave(size // scale.shape[-1], dim=-1)
+
+
 def _external(operation: Operation, operands: Sequence[Tensor]) -> Tensor:
     symbol: str = operation.attributes.get("symbol", "")
     if symbol not in LIBRARY:
@@ -421,6 +462,7 @@ _SHAPES: dict[str, Apply] = {
     "tt.gather": _gather,
     "tt.histogram": _histogram,
     "tt.dot": _dot,
+    "tt.dot_scaled": _dot_scaled,
     "arith.select": _select,
     "tt.extern_elementwise": _external,
 }

@@ -241,14 +241,14 @@ class Kernel:
     def _nearest(self, address: int, ranges: Sequence[tuple[int, int]]) -> str:
         """Where an address lies, seen from the argument whose memory is closest."""
         arguments = self.module.kernel.regions[0].blocks[0].arguments
-        distance, k = min((max(low - address, address - high, 0), k) for k, (low, high) in enumerate(ranges))
+        _, k = min((max(low - address, address - high, 0), k) for k, (low, high) in enumerate(ranges))
         low, high = ranges[k]
         number = self.pointers[k]
         type_ = self.types[number]
         assert isinstance(type_, Pointer)
         size = type_.pointee.bytes if isinstance(type_.pointee, Scalar | Pointer) else 1
         index, n = (address - low) // size, (high - low) // size
-        return f"index {index} of {arguments[number].name}'s storage, which has {n} elements (off by {distance} bytes)"
+        return f"index {index} of {arguments[number].name}'s storage, which has {n} elements"
 
 
 def libc_free(pointer: ctypes.c_void_p) -> None:

@@ -12,7 +12,19 @@ _C_MATH = (
     "pow", "remainder", "rint", "round", "sin", "sinh", "sqrt", "tan", "tanh", "tgamma", "trunc",
 )  # fmt: skip
 _ROUNDED_TO_INTEGER = ("llrint", "llround")
-_OURS = ("rsqrt", "exp10", "rcbrt", "cbrt", "log10")
+_OURS = (
+    "rsqrt", "exp10", "rcbrt", "cbrt", "log10", "sinpi", "cospi", "rhypot", "norm3d", "norm4d", "rnorm3d", "rnorm4d",
+    "j0", "j1", "jn", "y0", "y1", "yn", "cyl_bessel_i0", "cyl_bessel_i1", "erfinv", "erfcinv", "erfcx", "normcdf",
+    "normcdfinv", "lgamma", "ilogb", "powi",
+)  # fmt: skip
+ROUNDINGS = ("rn", "rz", "rd", "ru")
+"""To nearest even, towards zero, down, up."""
+_ROUNDED = (
+    *(f"{letter}{name}" for letter in "fd" for name in ("add", "sub", "mul", "div", "rcp")),
+    *(f"{source}2{target}" for source in ("float", "double") for target in ("int", "uint", "ll", "ull")),
+    *(f"{source}2float" for source in ("double", "int", "uint", "ll", "ull")), "ll2double", "ull2double",
+)  # fmt: skip
+_INTEGERS = ("brev", "brevll", "byte_perm", "mul24", "umul24", "sad", "usad", "hadd", "rhadd", "uhadd", "urhadd")
 
 NATIVE: dict[str, str] = {
     **{f"__nv_{name}": name for name in _C_MATH},
@@ -22,6 +34,14 @@ NATIVE: dict[str, str] = {
     **{f"__nv_{name}": f"tw_{name}" for name in _OURS},
     **{f"__nv_{name}f": f"tw_{name}f" for name in _OURS},
     **{f"__nv_fast_{name}f": f"{name}f" for name in ("cos", "exp", "log", "log2", "pow", "sin", "tan")},
+    **{f"__nv_{name}_{mode}": f"tw_{name}_{mode}" for name in _ROUNDED for mode in ROUNDINGS},
+    **{f"__nv_{name}_{mode}": f"tw_{name}_{mode}" for name in ("fsqrt", "dsqrt", "fmaf", "fma") for mode in ROUNDINGS[1:]},
+    "__nv_fsqrt_rn": "sqrtf", "__nv_dsqrt_rn": "sqrt", "__nv_fmaf_rn": "fmaf", "__nv_fma_rn": "fma",
+    "__nv_frsqrt_rn": "tw_frsqrt_rn", "__nv_fast_fdividef": "tw_fast_fdividef",
+    "__nv_int2double_rn": "tw_int2double_rn", "__nv_uint2double_rn": "tw_uint2double_rn",
+    **{f"__nv_{name}": f"tw_{name}" for name in (*_INTEGERS, "hiloint2double", "double2loint", "double2hiint")},
+    "__nv_ldexp": "ldexp", "__nv_scalbn": "ldexp", "__nv_ldexpf": "tw_ldexpf", "__nv_scalbnf": "tw_ldexpf",
+    "__nv_logb": "logb", "__nv_logbf": "logbf", "__nv_nextafter": "nextafter", "__nv_nextafterf": "nextafterf",
     "__nv_fast_exp10f": "tw_exp10f", "__nv_fast_log10f": "tw_log10f",
     "__nv_isnanf": "tw_isnanf", "__nv_isnand": "tw_isnan", "__nv_isinff": "tw_isinff", "__nv_isinfd": "tw_isinf",
     "__nv_finitef": "tw_isfinitef", "__nv_isfinited": "tw_isfinite",
