@@ -7,7 +7,7 @@ from triton._C.libtriton import ir, passes
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 
-from tilewright.cpu import ttir
+from tilewright.cpu import reader, ttir
 from tilewright.cpu.interpreter import interpret
 
 if triton.knobs.runtime.interpret:
@@ -58,7 +58,7 @@ def build(kernel, arguments, constants, block_pointers: bool = False) -> ttir.Mo
     passes.common.add_cse(manager)
     passes.common.add_symbol_dce(manager)
     manager.run(module, "ttir")
-    return ttir.read(ttir.generic_text(module))
+    return reader.read(reader.generic_text(module))
 
 
 def addresses(arguments) -> list:
@@ -84,7 +84,7 @@ def run_text(operations: str, *tensors: torch.Tensor) -> None:
       }}) : () -> () loc(unknown)
     }}) : () -> () loc(unknown)
     """
-    interpret(ttir.read(text), (1, 1, 1), addresses(tensors))
+    interpret(reader.read(text), (1, 1, 1), addresses(tensors))
 
 
 def elementwise(operation: str, attributes: str, inputs: list[torch.Tensor], output: torch.Tensor) -> torch.Tensor:

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from cpu_interpreter_helpers import assert_rounded, launch
-from tilewright.cpu import ttir
+from tilewright.cpu import reader
 from tilewright.cpu.interpreter import interpret
 
 # Control flow that differs between programs
@@ -141,7 +141,7 @@ def test_blocks_that_branch_back() -> None:
     }) : () -> () loc(unknown)
     """
     storage = torch.cat([torch.tensor([7], dtype=torch.int32), table])  # program 0 goes one back as well
-    interpret(ttir.read(text), (4, 1, 1), [out.data_ptr(), storage.data_ptr() + 4])
+    interpret(reader.read(text), (4, 1, 1), [out.data_ptr(), storage.data_ptr() + 4])
     rounds = [max(2, pid) for pid in range(4)]
     places = [pid - (r - 1) for pid, r in enumerate(rounds)]
     assert out.tolist() == [storage[1 + place].item() + r for place, r in zip(places, rounds, strict=True)]

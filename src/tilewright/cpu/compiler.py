@@ -137,12 +137,12 @@ def _tile_ir(module: Any, metadata: dict[str, Any]) -> Any:
 
 def _kernel(module: Any, metadata: dict[str, Any], options: Options) -> bytes:
     """The kernel as JSON. With a compiler it is also built, so that what is wrong with it shows here."""
-    from tilewright.cpu import ttir
+    from tilewright.cpu import reader
     from tilewright.cpu.kernel import describe
 
     started = time.perf_counter()
     executor = _executor(options)
-    text = ttir.generic_text(module)
+    text = reader.generic_text(module)
     artifact = describe(text, executor, options.enable_fp_fusion, options.checked)
     metadata["name"] = artifact["name"]
     metadata["shared"] = 0

@@ -78,7 +78,7 @@ def _directed(exact: Fraction, mode: int, single: bool) -> float:
         found = math.inf if away or mode == (1 if exact > 0 else -1) else float(largest)
     else:
         found = math.ldexp(count, unit)
-    return math.copysign(found, exact)
+    return found if exact > 0 else -found
 
 
 def _root(x: Fraction) -> Fraction:
@@ -216,7 +216,11 @@ def _distance(x: Tensor, y: Tensor) -> Tensor:
     return (x - y).abs()
 
 
-_wide, _unsigned = (lambda x: x.to(torch.int64)), numerics.unsigned
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.int64)
+
+
+_unsigned = numerics.unsigned
 _INTEGER_FUNCTIONS: dict[str, Callable[..., Tensor]] = {
     "__nv_brev": _reversed_bits,
     "__nv_brevll": _reversed_bits,

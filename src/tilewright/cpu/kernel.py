@@ -8,7 +8,7 @@ import struct
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from tilewright.cpu import build, ttir
+from tilewright.cpu import build, reader
 from tilewright.cpu.c_program import write_program
 from tilewright.cpu.diagnostics import pointed
 from tilewright.cpu.lowering import lower
@@ -18,6 +18,7 @@ from tilewright.errors import KernelAccessError, KernelAssertionError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from tilewright.cpu import ttir
     from tilewright.cpu.loops import Program
     from tilewright.cpu.types import Type
 
@@ -35,7 +36,7 @@ def describe(text: str, executor: str, fuse_multiply_add: bool, checked: bool) -
         UnsupportedKernelError: the kernel does what this target does not support.
         KernelBuildError: the C compiler rejects the native code.
     """
-    module = ttir.read(text)
+    module = reader.read(text)
     arguments = module.kernel.regions[0].blocks[0].arguments
     artifact: dict[str, Any] = {
         "name": module.kernel.attributes["sym_name"],
@@ -55,7 +56,7 @@ def describe(text: str, executor: str, fuse_multiply_add: bool, checked: bool) -
 
 def loop_program(text: str, aliased: bool = False) -> Program:
     """The loop program of generic Triton IR, for those who want to read it."""
-    return lower(ttir.read(text), aliased, fuse_multiply_add=True)[0]
+    return lower(reader.read(text), aliased, fuse_multiply_add=True)[0]
 
 
 def _mlir(type_: Type) -> str:
@@ -131,7 +132,7 @@ class Kernel:
     @cached_property
     def module(self) -> ttir.Module:
         """The kernel's Triton IR."""
-        return ttir.read(self._data["ttir"])
+        return reader.read(self._data["ttir"])
 
     def _function(self, source: str) -> Any:
         library = build.load(build.shared_object(source, self.name, self._data["fuse_multiply_add"]))

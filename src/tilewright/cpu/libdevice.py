@@ -24,6 +24,7 @@ _ROUNDED = (
     *(f"{source}2{target}" for source in ("float", "double") for target in ("int", "uint", "ll", "ull")),
     *(f"{source}2float" for source in ("double", "int", "uint", "ll", "ull")), "ll2double", "ull2double",
 )  # fmt: skip
+_ROUNDED_OFF = ("fsqrt", "dsqrt", "fmaf", "fma")  # to nearest, C's own do
 _INTEGERS = ("brev", "brevll", "byte_perm", "mul24", "umul24", "sad", "usad", "hadd", "rhadd", "uhadd", "urhadd")
 
 NATIVE: dict[str, str] = {
@@ -35,7 +36,7 @@ NATIVE: dict[str, str] = {
     **{f"__nv_{name}f": f"tw_{name}f" for name in _OURS},
     **{f"__nv_fast_{name}f": f"{name}f" for name in ("cos", "exp", "log", "log2", "pow", "sin", "tan")},
     **{f"__nv_{name}_{mode}": f"tw_{name}_{mode}" for name in _ROUNDED for mode in ROUNDINGS},
-    **{f"__nv_{name}_{mode}": f"tw_{name}_{mode}" for name in ("fsqrt", "dsqrt", "fmaf", "fma") for mode in ROUNDINGS[1:]},
+    **{f"__nv_{name}_{mode}": f"tw_{name}_{mode}" for name in _ROUNDED_OFF for mode in ROUNDINGS[1:]},
     "__nv_fsqrt_rn": "sqrtf", "__nv_dsqrt_rn": "sqrt", "__nv_fmaf_rn": "fmaf", "__nv_fma_rn": "fma",
     "__nv_frsqrt_rn": "tw_frsqrt_rn", "__nv_fast_fdividef": "tw_fast_fdividef",
     "__nv_int2double_rn": "tw_int2double_rn", "__nv_uint2double_rn": "tw_uint2double_rn",

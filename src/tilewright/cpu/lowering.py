@@ -359,7 +359,7 @@ def lower(module: Module, aliased: bool, fuse_multiply_add: bool) -> tuple[Progr
     """Lower a kernel, to a program and what makes its expressions.
 
     Args:
-        module: the kernel, as :func:`ttir.read` gives it.
+        module: the kernel, as :func:`reader.read` gives it.
         aliased: whether its pointers may lead to memory that overlaps.
         fuse_multiply_add: whether the compiler may round a product and a sum once, as GPUs do.
 
