@@ -57,10 +57,10 @@ def assembly(x_ptr, out_ptr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def bessel(x_ptr, out_ptr, BLOCK: tl.constexpr):
+def reciprocal(x_ptr, out_ptr, BLOCK: tl.constexpr):
     i = tl.arange(0, BLOCK)
     x = tl.load(x_ptr + i).to(tl.float32)
-    tl.store(out_ptr + i, libdevice.j0(x).to(tl.int32))
+    tl.store(out_ptr + i, libdevice.rcp64h(x.to(tl.float64)).to(tl.int32))
 
 
 @triton.jit
@@ -78,7 +78,7 @@ def calls_assembly(x_ptr, out_ptr, BLOCK: tl.constexpr):
     ("kernel", "place", "text"),
     [
         pytest.param(assembly, assembly, "tl.inline_asm_elementwise(", id="assembly"),
-        pytest.param(bessel, bessel, "libdevice.j0(", id="library"),
+        pytest.param(reciprocal, reciprocal, "libdevice.rcp64h(", id="library"),
         pytest.param(calls_assembly, moved, "tl.inline_asm_elementwise(", id="nested"),
     ],
 )

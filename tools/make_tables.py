@@ -28,7 +28,7 @@ PAGES = (
     "benchmarks/results/README.md",
     *(f"src/tilewright/ops/{member.name}/README.md" for member in families()),
 )
-CPU = ROOT / "benchmarks" / "results" / "cpu-target-amd-epyc.jsonl"
+CPU = ROOT / "benchmarks" / "results" / "cpu-amd-epyc.jsonl"
 MARK = re.compile(r"(<!-- table: (?P<name>[^>]+?) -->\n).*?(<!-- end -->)", re.DOTALL)
 SHOWN = (
     "b4 s2048 h32 d128",

@@ -10,6 +10,7 @@ tokens or heads, which are all alike, and its time is multiplied; the record say
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import re
@@ -309,8 +310,22 @@ def ratios(measured: Sequence[Record], claims: Mapping[tuple[str, str], tuple[Cl
     return found
 
 
+def _keep_freed_memory() -> None:
+    """Have the C library keep freed memory for the next allocation, whatever its size.
+
+    Otherwise large results come from the system, whose page faults take several times as long as a kernel, and fall on
+    one contestant or another by where its blocks happen to lie.
+    """
+    trim_threshold, mmap_threshold = -1, -3  # of malloc.h
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:  # glibc
+        for option in (trim_threshold, mmap_threshold):
+            mallopt(option, 1 << 30)
+
+
 def measure(quick: bool, say: Callable[[str], None] = lambda what: None) -> list[Record]:
     """Every record of a run, the run's own first."""
+    _keep_freed_memory()
     rounds = 5 if quick else 15
     chosen = workloads(quick)
     threads = torch.get_num_threads()

@@ -107,6 +107,8 @@ class NestWriter:
     def lines(self) -> list[str]:
         """The nest as lines of C."""
         self._declare_scalars()
+        if self.nest.apart:
+            return self._apart()
         plain = not (self.checked or self.nest.serial or not self.order)
         split = leading(self.writer.make, self.nest) if plain and self.nest.shape[0] > LANES else None
         if split is not None and not self.other_folds:
@@ -121,6 +123,17 @@ class NestWriter:
         guard = self.writer.text(condition, {})
         head, self.text.lines = self.text.lines, []
         return [*head, f"    if ({guard})", *fast._body(), "    else", *self._body()]
+
+    def _apart(self) -> list[str]:
+        """One nest where the stores do not overlap, two where they may."""
+        (number, condition), make = self.nest.apart[0], self.writer.make
+        together = Nest(self.nest.shape, self.nest.sinks)
+        before, after = (Nest(self.nest.shape, s) for s in (self.nest.sinks[:number], self.nest.sinks[number:]))
+        in_turn = [line for nest in (before, after) for line in NestWriter(make, nest, self.checked).lines()]
+        if self.checked:
+            return in_turn
+        fused = NestWriter(make, together, False).lines()
+        return [f"    if ({self.writer.text(condition, {})}) {{", *fused, "    } else {", *in_turn, "    }"]
 
     def _body(self) -> list[str]:
         """The loops, in a block."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from tilewright.cpu.c_expressions import FORMATS, Writer, c_type
 from tilewright.cpu.c_nests import NestWriter, _Text, write_combine
+from tilewright.cpu.libdevice import NATIVE
 from tilewright.cpu.loops import (
     Assert,
     Assign,
@@ -47,10 +48,17 @@ STACK_BYTES = 256 * 1024
 """Tiles lie on the stack up to this size, all together; else in memory that each thread keeps for the launch."""
 
 
-@lru_cache(maxsize=1)
-def runtime() -> str:
-    """The text that every native kernel begins with."""
-    return files("tilewright.cpu").joinpath("runtime.h").read_text(encoding="utf-8")
+@lru_cache(maxsize=2)
+def header(name: str) -> str:
+    """The text of a header of this package."""
+    return files("tilewright.cpu").joinpath(name).read_text(encoding="utf-8")
+
+
+def runtime(body: str) -> str:
+    """The text that a native kernel begins with."""
+    ours = (f"{name}(" for name in NATIVE.values() if name.startswith("tw_"))
+    library = header("runtime_libdevice.h") if any(call in body for call in ours) else ""
+    return header("runtime.h") + library
 
 
 def write_program(program: Program, make: Expressions, checked: bool) -> str:
@@ -94,7 +102,7 @@ class _ProgramWriter:
         )
         launch = _launch(scratch, self._prints(self.program.body), work(self.program.body))
         functions = "\n".join(self.functions)
-        return f"{runtime()}\n{head}\n{functions}\n{signature} {{\n{body}\n}}\n{launch}"
+        return f"{runtime(functions + body)}\n{head}\n{functions}\n{signature} {{\n{body}\n}}\n{launch}"
 
     @staticmethod
     def _field(type_: object) -> str:

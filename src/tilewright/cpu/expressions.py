@@ -266,6 +266,32 @@ class Expressions:
         wide = self._wide(e)
         terms[wide] = terms.get(wide, 0) + scale
 
+    def terms(self, offset: Expr) -> dict[Expr | None, int]:
+        """The terms of a sum that :meth:`offset` made, with their factors; the constant stands at None."""
+        found: dict[Expr | None, int] = {}
+        pending = [offset]
+        while pending:
+            e = pending.pop()
+            if e.op == "addn":
+                pending += e.args
+            elif e.op == "const":
+                found[None] = found.get(None, 0) + int(e.attr)
+            elif e.op == "muln" and e.args[1].op == "const":
+                found[e.args[0]] = found.get(e.args[0], 0) + int(e.args[1].attr)
+            else:
+                found[e] = found.get(e, 0) + 1
+        return found
+
+    def quotient(self, term: Expr, index: Expr) -> Expr | None:
+        """What a term multiplies a loop's variable with; None if it is no such product."""
+        if term.op == "sext" and term.args[0] is index:
+            return self.const(1, I64)
+        if term.op == "muln":
+            variable, factor = term.args
+            if variable.op == "sext" and variable.args[0] is index and not factor.loops:
+                return factor
+        return None
+
     def _wide(self, e: Expr) -> Expr:
         """The expression as a signed 64-bit integer."""
         return e if e.type == I64 else self.make("sext", I64, (e,))

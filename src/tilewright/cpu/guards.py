@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from tilewright.cpu.c_expressions import Writer
 from tilewright.cpu.loops import Atomic, Fold, Nest, Store, Write
 from tilewright.cpu.types import I1, I32, I64
 
@@ -37,6 +38,49 @@ def without_masks(make: Expressions, nest: Nest) -> tuple[Expr, Nest] | None:
     for part in finder.conditions:
         condition = make.int_op("and", condition, part)
     return condition, Nest(nest.shape, [_mapped(sink, rewrite) for sink in nest.sinks], nest.serial)
+
+
+def apart(make: Expressions, nest: Nest, first: Store, second: Store) -> Expr | None:
+    """A condition under which no element of the second store lies where one of the first does; None if none is found.
+
+    The stores must be a constant distance apart, their addresses sums of multiples of the loops' variables. They do not
+    meet if the distance is larger than what the innermost loop covers, and each other loop's step larger than what the
+    loops inside it and the distance cover together.
+    """
+    order = range(len(nest.shape))
+    writer = Writer(make, list(order))
+    base, offset, in_bytes = writer.address(first.pointer)
+    other_base, other_offset, other_in_bytes = writer.address(second.pointer)
+    if base is not other_base or in_bytes != other_in_bytes or not nest.shape:
+        return None
+    terms, other_terms = make.terms(offset), make.terms(other_offset)
+    distance = abs(other_terms.pop(None, 0) - terms.pop(None, 0))
+    if terms != other_terms or not distance:
+        return None
+    steps: dict[int, Expr] = {}
+    for term, factor in terms.items():
+        assert term is not None
+        if not term.loops:
+            continue
+        loop = next((k for k in order if term.loops == 1 << k), None)
+        step = None if loop is None else make.quotient(term, make.index(loop))
+        if loop is None or step is None or loop in steps:
+            return None
+        steps[loop] = make.make("muln", I64, (step, make.const(factor, I64)))
+    if len(steps) != len(nest.shape):
+        return None
+    innermost = len(nest.shape) - 1
+    condition = make.const(1, I1)
+    reach = make.const(distance, I64)
+    for loop in reversed(order):
+        covered = make.make("muln", I64, (steps[loop], make.const(nest.shape[loop] - 1, I64)))
+        zero = make.const(0, I64)
+        needed = [(zero, steps[loop])]
+        needed.append((covered, make.const(distance, I64)) if loop == innermost else (reach, steps[loop]))
+        for small, large in needed:
+            condition = make.int_op("and", condition, make.make("cmpi", I1, (small, large), "slt"))
+        reach = make.make("addn", I64, (reach, covered))
+    return condition
 
 
 def leading(make: Expressions, nest: Nest) -> tuple[Expr, Nest] | None:

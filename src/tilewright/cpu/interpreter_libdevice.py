@@ -300,55 +300,90 @@ def _scaled_complement(x: float) -> float:
         return math.inf
 
 
+def _downwards(n: int, x: float) -> list[float]:
+    """J of order 0 up to ``n`` and on, for x > 0: Miller's recurrence, scaled by the sum of the even orders."""
+    start = 2 * (int(max(n, x) + 30 + 8 * max(n, x) ** 0.5) // 2 + 1)
+    values = [0.0] * (start + 2)
+    values[start] = 1e-300
+    for k in range(start, 0, -1):
+        values[k - 1] = 2 * k / x * values[k] - values[k + 1]
+        if abs(values[k - 1]) > 1e250:
+            values[k - 1 :] = [v * 1e-250 for v in values[k - 1 :]]
+    total = math.fsum([values[0], *(2 * v for v in values[2::2])])
+    return [v / total for v in values]
+
+
+def _far(n: int, x: float) -> tuple[float, float]:
+    """J and Y of order 0 or 1 for large x: Hankel's expansion."""
+    term, sums = 1.0, [1.0, 0.0]
+    for k in range(1, 25):
+        term *= (4 * n - (2 * k - 1) ** 2) / (8 * k * x)
+        sums[k % 2] += term if k % 4 < 2 else -term
+    sine, cosine = math.sin(x) - math.cos(x), math.sin(x) + math.cos(x)  # of x - pi / 4, times sqrt(2)
+    if n:
+        sine, cosine = -cosine, sine
+    root = math.sqrt(math.pi * x)
+    return (sums[0] * cosine - sums[1] * sine) / root, (sums[0] * sine + sums[1] * cosine) / root
+
+
+def _upwards(n: int, x: float, below: float, here: float) -> float:
+    for k in range(1, n):
+        if math.isinf(here):
+            break
+        below, here = here, 2 * k / x * here - below
+    return here if n else below
+
+
 def _bessel_j(n: int, x: float) -> float:
-    """Miller's way: recurrence from far above downwards, with the sum of all even ones for its scale."""
     if n < 0 or math.isnan(x):
         return math.nan
     if math.isinf(x) or x == 0:
-        return float(n == 0 and x == 0)
+        return float(n == 0 and x == 0) if n != 1 or x else x
     size = abs(x)
-    if size > 1e4:  # upwards is as good where the order is small against the argument
-        below, here = _torch_bessel("bessel_j0", size), _torch_bessel("bessel_j1", size)
+    if n > 2 * size + 1000:  # far below the range
+        return 0.0
+    if size > 1e4 and n < size:
+        y = _upwards(n, size, _far(0, size)[0], _far(1, size)[0])
     else:
-        start = 2 * ((int(max(n, size) + 30 + 8 * max(n, size) ** 0.5) + 1) // 2)
-        above, here, total, found = 0.0, 1e-300, 0.0, 0.0
-        for k in range(start, 0, -1):
-            above, here = here, 2 * k / size * here - above
-            if abs(here) > 1e250:
-                above, here, total, found = above * 1e-250, here * 1e-250, total * 1e-250, found * 1e-250
-            if k - 1 == n:
-                found = here
-            if (k - 1) % 2 == 0:
-                total += here if k == 1 else 2 * here
-        y = found / total
-        return -y if n & 1 and x < 0 else y
-    for k in range(1, n):
-        below, here = here, 2 * k / size * here - below
-    y = here if n else below
+        y = _downwards(n, size)[n] if size > 1e-4 or n > 1 else (size / 2 if n else 1.0)
     return -y if n & 1 and x < 0 else y
 
 
-def _torch_bessel(name: str, x: float) -> float:
-    return float(getattr(torch.special, name)(torch.tensor(x, dtype=torch.float64)))
+_EULER = 0.5772156649015329
 
 
 def _bessel_y(n: int, x: float) -> float:
+    """From Neumann's series of Y0 and its derivative."""
     if n < 0 or not x >= 0:
         return math.nan
     if x == 0 or math.isinf(x):
         return 0.0 if x else -math.inf
-    below, here = _torch_bessel("bessel_y0", x), _torch_bessel("bessel_y1", x)
-    for k in range(1, n):
-        below, here = here, 2 * k / x * here - below
-        if math.isinf(here):
-            break
-    return here if n else below
+    if x > 30:
+        return _upwards(n, x, _far(0, x)[1], _far(1, x)[1])
+    j = _downwards(1, max(x, 1e-4))
+    terms = [(-1) ** (k + 1) / k * j[2 * k] for k in range(1, len(j) // 2 - 1)]
+    slopes = [(-1) ** (k + 1) / k * (j[2 * k - 1] - j[2 * k + 1]) for k in range(1, len(j) // 2 - 1)]
+    logarithm = math.log(x / 2) + _EULER
+    zeroth = 2 / math.pi * math.fsum([logarithm * j[0], *(2 * t for t in terms)])
+    first = 2 / math.pi * math.fsum([logarithm * j[1], -j[0] / x, *(-t for t in slopes)])
+    return _upwards(n, x, zeroth, first)
 
 
-def _growing(scaled: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """A modified Bessel function from the one that lacks the factor exp(abs(x))."""
-    half = (x.abs() / 2).exp()
-    return torch.where(x.isinf(), x.abs().copysign(scaled(x)), scaled(x) * half * half)
+def _modified_bessel(n: int, x: float) -> float:
+    """Of order 0 or 1: the series, and the asymptotic one for large arguments."""
+    size = abs(x)
+    if math.isinf(x) or math.isnan(x):
+        return size if n == 0 else x
+    terms = [1.0]
+    if size < 20:
+        for k in range(1, 43):
+            terms.append(terms[-1] * size * size / (4 * k * (k + n)))
+        return math.fsum(terms) * (x / 2 if n else 1)
+    for k in range(1, 33):
+        terms.append(terms[-1] * ((2 * k - 1) ** 2 - 4 * n) / (8 * k * size))
+    half = math.exp(min(size / 2, 400))
+    found = math.fsum(terms) / math.sqrt(2 * math.pi * size) * half * half
+    return math.copysign(found, x) if n else found
 
 
 def _scaled_by_power(x: float, n: int) -> float:
@@ -401,8 +436,8 @@ _FLOATING: dict[str, Callable[..., Tensor]] = FUNCTIONS | {
     "y0": numerics.by_element(lambda x: _bessel_y(0, x)),
     "y1": numerics.by_element(lambda x: _bessel_y(1, x)),
     "yn": numerics.by_element(_bessel_y),
-    "cyl_bessel_i0": partial(_growing, torch.special.i0e),
-    "cyl_bessel_i1": partial(_growing, torch.special.i1e),
+    "cyl_bessel_i0": numerics.by_element(partial(_modified_bessel, 0)),
+    "cyl_bessel_i1": numerics.by_element(partial(_modified_bessel, 1)),
     "erfinv": numerics.by_element(lambda x: _inverse_error(x, 1 - abs(x))),
     "erfcinv": numerics.by_element(lambda x: _inverse_error(1 - x, min(x, 2 - x))),
     "erfcx": numerics.by_element(_scaled_complement),

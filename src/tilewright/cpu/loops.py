@@ -182,12 +182,18 @@ Sink = Write | Store | Fold | Atomic
 class Nest(Statement):
     """Loops over a tile's elements. The iterations do not depend on each other, so they may run in any order.
 
-    ``serial`` ones run in order: atomic operations.
+    Attributes:
+        shape: how far each loop runs.
+        sinks: what is done with each element.
+        serial: the iterations run in order: atomic operations.
+        apart: conditions under which the stores of a nest do not overlap, each with the number of the store's sink.
+            Where one does not hold, that sink and those after it have to wait until the others have run everywhere.
     """
 
     shape: tuple[int, ...]
     sinks: list[Sink] = field(default_factory=list)
     serial: bool = False
+    apart: list[tuple[int, Expr]] = field(default_factory=list)
 
     def lines(self) -> list[str]:
         """The statement as text."""

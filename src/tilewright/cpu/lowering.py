@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from tilewright.cpu import collectives, control, pointwise, tiles
+from tilewright.cpu import collectives, control, guards, pointwise, tiles
 from tilewright.cpu.analysis import ANYWHERE, WRITES, Analysis, analyse, is_lazy
 from tilewright.cpu.diagnostics import unsupported
 from tilewright.cpu.expressions import Expr, Expressions
@@ -304,7 +304,11 @@ class Lowering:
         site = self.site(operation.location, pointer)
         if self.open is not None:
             reads = [r for r, p in self.open.reads if p is not pointer]
-            if any(self.facts.may_overlap(roots, other, self.aliased) for other in [*reads, *self.open.writes]):
+            if any(self.facts.may_overlap(roots, other, self.aliased) for other in reads):
+                self.flush()
+            elif any(self.facts.may_overlap(roots, other, self.aliased) for other in self.open.writes):
+                if self._store_apart(operation, site):
+                    return
                 self.flush()
         if not isinstance(pointer.type, Tensor):
             self.flush()
@@ -319,6 +323,35 @@ class Lowering:
         self.open.writes.append(roots)
         if not isinstance(pointer.type, Tensor):
             self.flush()
+
+    def _store_apart(self, operation: Operation, site: Site) -> bool:
+        """Add a store to a nest that stores through the same pointer already, on condition that the two do not meet."""
+        assert self.open is not None
+        pointer, value, *rest = operation.operands
+        shape = shape_of(pointer.type)
+        earlier = [sink for sink in self.open.nest.sinks if isinstance(sink, Store)]
+        if self.aliased or self.open.names or self.open.nest.serial or len(earlier) != 1:
+            return False
+        if self.open.nest.shape != tuple(size for size in shape if size > 1):
+            return False
+        index = self.index(shape)
+        try:
+            mask = self.element(rest[0], index) if rest else None
+            store = Store(self.element(pointer, index), self.element(value, index), mask, site)
+        except Conflict:
+            return False
+        seen: set[Expr] = set()
+        for part in (part for root in collectives.roots_of(store) for part in root.walk(seen)):
+            if part.op == "load" and part.attr.roots & earlier[0].site.roots:
+                return False
+            if part.op == "element" and part.attr in self.open.produced:
+                return False
+        condition = guards.apart(self.make, self.open.nest, earlier[0], store)
+        if condition is None:
+            return False
+        self.open.nest.apart.append((len(self.open.nest.sinks), condition))
+        self.open.nest.sinks.append(store)
+        return True
 
     def function(
         self, function: Operation, arguments: Sequence[Binding], returns: Callable[[Sequence[Value]], None]
