@@ -144,7 +144,8 @@ def cpu_target(path: Path) -> str:
         )
     environment = written[0]["environment"]
     machine, torch = environment["machine"], environment["torch"]
-    head = f"{machine['cpu']}, {torch['threads']} threads, torch {torch['version']}, triton {environment['triton']['version']}"
+    versions = f"torch {torch['version']}, triton {environment['triton']['version']}"
+    head = f"{machine['cpu']}, {torch['threads']} threads, {versions}"
     heads = (
         "kernel", "dtype", "Triton, ms", "`torch.compile`, out", "`torch.compile`", "torch", "`TRITON_INTERPRET=1`",
     )  # fmt: skip

@@ -460,8 +460,8 @@ def rope(
     sin: torch.Tensor,
     *,
     out: torch.Tensor | None = None,
-    block_t: int = 4,
-    block_h: int = 8,
+    block_t: int = 1,
+    block_h: int = 32,
 ) -> torch.Tensor:
     """Rotate ``x [tokens, heads, d]`` by ``cos`` and ``sin``, both ``[tokens, d / 2]``, in halves."""
     out = torch.empty_like(x) if out is None else out
@@ -532,7 +532,7 @@ def attention(
     scale: float | None = None,
     out: torch.Tensor | None = None,
     block_m: int = 64,
-    block_n: int = 64,
+    block_n: int = 32,
 ) -> AttentionResult:
     """Attention of ``q [batch, heads, queries, d]`` to ``k`` and ``v [batch, heads, keys, d]``.
 

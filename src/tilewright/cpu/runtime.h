@@ -411,11 +411,15 @@ TW_INLINE void tw_pairs_block(const uint32_t *a, const uint32_t *b, float *c, in
     for (int r = 0; r < 8; r++)
         for (int j = 0; j < 2; j++) *(tw_f32x16 *)(c + r * n + j * 16) = acc[r][j];
 }
+static void __attribute__((noinline, unused)) tw_dot_any(
+    const float *a, const float *b, float *c, int m, int n, int k, bool add) {
+    tw_dot_f32(a, b, c, m, n, k, add); /* seldom run, so not worth code for each size */
+}
 TW_INLINE void tw_dot_pairs(
     const float *a, const float *b, float *c, uint32_t *a_packed, uint32_t *b_packed, int m, int n, int k, bool add) {
     bool small = tw_pack_rows(a, a_packed, m, k);
     if (tw_pack_columns(b, b_packed, n, k) || small) {
-        tw_dot_f32(a, b, c, m, n, k, add);
+        tw_dot_any(a, b, c, m, n, k, add);
         return;
     }
     for (int j = 0; j < n; j += 32)
