@@ -344,7 +344,7 @@ def _while(lowering: Lowering, operation: Operation) -> None:
 
 def blocks(lowering: Lowering, region: Region) -> None:
     """Lower a function of several blocks, which early returns make."""
-    labels = lowering.__dict__.setdefault("labels", {})
+    labels = lowering.labels
     for block in region.blocks[1:]:
         labels[block] = lowering.name("block")
         for argument in block.arguments:
@@ -358,13 +358,12 @@ def blocks(lowering: Lowering, region: Region) -> None:
 
 def _jump(lowering: Lowering, operation: Operation) -> None:
     lowering.flush()
-    labels = lowering.__dict__["labels"]
 
     def to(block: Block, values: Sequence[Value]) -> list[Statement]:
         outer, lowering.out = lowering.out, []
         _assign(lowering, [lowering.bindings[argument] for argument in block.arguments], values)
         inner, lowering.out = lowering.out, outer
-        return [*inner, Jump(labels[block])]
+        return [*inner, Jump(lowering.labels[block])]
 
     ways = [to(block, values) for block, values in branches(operation)]
     if operation.name == "cf.br":

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from tilewright.cpu.loops import Sink, Statement
-    from tilewright.cpu.ttir import Location, Module
+    from tilewright.cpu.ttir import Block, Location, Module
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,7 @@ class Lowering:
         self.pointer_bits: dict[Value, int] = {}
         self.load_sites: dict[Operation, Site] = {}
         self.homes: dict[Operation, Buffer] = {}
+        self.labels: dict[Block, str] = {}
         self.n_names = 0
         self.calls: list[str] = []
         self.returns: list[Callable[[Sequence[Value]], None]] = []

@@ -68,8 +68,8 @@ class _Reader:
         self.at = 0
         self.values: list[dict[str, list[Value]]] = [{}]
         self.locations: dict[str, Any] = {}
-        self.pending: list[tuple[Any, int]] = []
-        self.attribute_aliases: dict[str, str] = {}
+        self.located: list[tuple[Operation, Any]] = []
+        self.successors: dict[Operation, list[str]] = {}
 
     @staticmethod
     def _lex(text: str) -> list[re.Match[str]]:
@@ -120,7 +120,7 @@ class _Reader:
         functions = {}
         for function in operation.regions[0].block.operations:
             functions[function.attributes["sym_name"]] = function
-        self._resolve(operation)
+        self._resolve()
         return Module(functions, operation.attributes)
 
     def _aliases(self) -> None:
@@ -130,9 +130,7 @@ class _Reader:
             if self.peek() == "loc":
                 self.locations[name] = self._location()
             else:
-                start = self.at
                 self._skip_attribute()
-                self.attribute_aliases[name] = self._span(start)
 
     def _operation(self) -> Operation:
         names: list[tuple[str, int]] = []
@@ -171,11 +169,10 @@ class _Reader:
             attributes |= self._dictionary()
         self.expect(":")
         result_types = self._function_type()
-        location = self._location() if self.peek() == "loc" else UNKNOWN
+        location = self._location() if self.peek() == "loc" else ("unknown",)
         operation = Operation(name, operands, [], attributes, regions, [], UNKNOWN)
-        operation.__dict__["_labels"] = successors
-        self.pending.append((operation, -1))
-        operation.__dict__["_location"] = location
+        self.successors[operation] = successors
+        self.located.append((operation, location))
         index = 0
         for result_name, count in names:
             group = []
@@ -218,19 +215,11 @@ class _Reader:
         by_label = {block.label: block for block in blocks}
         for block in blocks:
             for operation in block.operations:
-                operation.successors = [by_label[label] for label in operation.__dict__.pop("_labels")]
+                operation.successors = [by_label[label] for label in self.successors[operation]]
         return Region(blocks)
 
     def _define(self, name: str, group: list[Value]) -> None:
-        scope = self.values[-1]
-        known = scope.get(name)
-        if known is None:
-            scope[name] = group
-            return
-        for placeholder, value in zip(known, group, strict=False):  # used before its definition was read
-            placeholder.type, placeholder.name = value.type, value.name
-            placeholder.owner, placeholder.index = value.owner, value.index
-        group[:] = known
+        self.values[-1][name] = group
 
     def _value(self, token: str) -> Value:
         name, _, number = token.partition("#")
@@ -427,7 +416,8 @@ class _Reader:
             return ("fused", parts)
         return ("unknown",)
 
-    def _resolve(self, module: Operation) -> None:
+    def _resolve(self) -> None:
+        """Give every operation its location, now that all aliases have been read."""
         cache: dict[str, Location] = {}
 
         def resolve(raw: Any) -> Location:
@@ -452,9 +442,8 @@ class _Reader:
                 return next((part for part in parts if part.line), UNKNOWN)
             return UNKNOWN
 
-        for operation, _ in self.pending:
-            operation.location = resolve(operation.__dict__.pop("_location"))
-            operation.__dict__.pop("_labels", None)
+        for operation, raw in self.located:
+            operation.location = resolve(raw)
 
 
 def _unquote(text: str) -> str:
