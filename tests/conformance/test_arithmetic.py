@@ -44,9 +44,10 @@ def values_of(dtype: Dtype, seed: int) -> torch.Tensor:
 
 
 def operands(first: Dtype, second: Dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    shuffled = torch.from_numpy(np.random.default_rng(2).permutation(COUNT)).to(DEVICE)
-    other = values_of(second, 3)
-    return values_of(first, 1), (other if second.bits > 1 else other.to(torch.uint8))[shuffled].to(other.dtype)
+    shuffled = torch.from_numpy(np.random.default_rng(2).permutation(COUNT))
+    other = values_of(second, 3).cpu()  # where torch can index tensors of every dtype
+    mixed = (other if second.bits > 1 else other.to(torch.uint8))[shuffled].to(other.dtype)
+    return values_of(first, 1), mixed.to(DEVICE)
 
 
 def without_bfloat16(dtypes: tuple[Dtype, ...]) -> list:
