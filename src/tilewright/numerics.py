@@ -7,7 +7,8 @@ that the reference itself makes in that precision, plus one rounding of the outp
 
 Nothing is more precise than float64 here, so a float64 reference is taken to be off by half a unit in the last place
 of the largest value. A result that sums ``reduced`` rows may be off by ``sqrt(reduced)`` times as much, because its
-order of summation is its own. No other tolerance exists in the project.
+order of summation is its own. FP8 codes are compared as codes (:func:`compare_codes`). No other tolerance exists in the
+project.
 """
 
 from __future__ import annotations
@@ -80,6 +81,74 @@ def compare(result: torch.Tensor, reference: torch.Tensor, truth: torch.Tensor, 
     worst = float(used.max())
     ok = bool(same_class.all()) and bool((error <= budget).all())
     return Agreement(ok, float(error.max()), float(reference_error), worst)
+
+
+def disagreement(
+    what: str,
+    results: Sequence[torch.Tensor],
+    references: Sequence[torch.Tensor],
+    truths: Sequence[torch.Tensor],
+    reduced: Sequence[int] | None = None,
+) -> str:
+    """Why several results are wrong; empty if :func:`compare` finds all of them right.
+
+    Args:
+        what: what they are, for the message.
+        results: what is judged.
+        references: the references in the same dtypes.
+        truths: the references in float64.
+        reduced: how many rows each result sums over; by default 1.
+    """
+    rows = [1] * len(results) if reduced is None else reduced
+    for index, (result, reference, truth, n) in enumerate(zip(results, references, truths, rows, strict=True)):
+        agreement = compare(result, reference, truth, reduced=n)
+        if not agreement.ok:
+            return f"{what} {index}: {agreement}"
+    return ""
+
+
+EQUAL_CODES = 0.999
+"""The share of FP8 codes that must equal the reference's."""
+
+BIAS_DEVIATIONS = 6.0
+"""How many standard deviations the codes one up may outnumber those one down, or the other way round."""
+
+
+def compare_codes(values: torch.Tensor, reference: torch.Tensor) -> str:
+    """Why FP8 values that were quantised under equal scales are wrong; empty if they are right.
+
+    At least :data:`EQUAL_CODES` of them must equal the reference's, a NaN any NaN; the others may lie one code away, as
+    often above as below: where two roundings differ by chance, the difference is that of a fair coin.
+
+    Args:
+        values: what is judged, of an FP8 dtype.
+        reference: of the same dtype and shape.
+    """
+    import torch
+
+    if values.shape != reference.shape or values.dtype != reference.dtype:
+        return f"came {tuple(values.shape)}, {values.dtype}; expected {tuple(reference.shape)}, {reference.dtype}"
+    nan = reference.isnan()
+    if not torch.equal(values.isnan(), nan):
+        return "a NaN stands where the reference has none, or is missing"
+    apart = (_order(values) - _order(reference)).masked_fill(nan, 0)
+    farthest = int(apart.abs().max()) if apart.numel() else 0
+    up, down = int((apart > 0).sum()), int((apart < 0).sum())
+    if farthest > 1:
+        return f"a code lies {farthest} codes from the reference's"
+    if up + down > (1 - EQUAL_CODES) * apart.numel():
+        return f"{up + down} of {apart.numel()} codes differ from the reference's"
+    if abs(up - down) > BIAS_DEVIATIONS * math.sqrt(up + down):
+        return f"rounding is biased: {up} codes lie above the reference's, {down} below"
+    return ""
+
+
+def _order(values: torch.Tensor) -> torch.Tensor:
+    """Codes as integers in the order of their values, both zeros alike."""
+    import torch
+
+    code = values.contiguous().view(torch.uint8).to(torch.int16)
+    return torch.where(code >= 128, 128 - code, code)
 
 
 def compare_curves(

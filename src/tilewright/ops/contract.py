@@ -41,12 +41,32 @@ class Case(Protocol):
     def dtypes(self) -> tuple[torch.dtype, ...]:
         """The dtypes in which the case runs.
 
-        A function's first case also runs in float64 on the CPU, where its gradients are checked twice, and in bfloat16
-        for ``tilewright list``: keep it small.
+        A function's first case also runs in bfloat16 for ``tilewright list`` and, if it has gradients, in float64 on
+        the CPU, where they are checked twice: keep it small.
         """
+
+    @property
+    def has_gradients(self) -> bool:
+        """Whether the function is differentiable."""
 
     def arguments(self, device: torch.device, dtype: torch.dtype, seed: int = 0) -> Arguments:
         """The call. Equal seeds give equal values on every device."""
+
+    def judge(
+        self,
+        arguments: Arguments,
+        results: tuple[torch.Tensor, ...],
+        references: tuple[torch.Tensor, ...],
+        implementation: str,
+    ) -> str:
+        """Why the results of an implementation are wrong, by the policies of ``numerics``; empty if they are right.
+
+        Args:
+            arguments: the call.
+            results: the tensors that it returned, in order.
+            references: those of the implementation ``reference``.
+            implementation: whose results are judged.
+        """
 
     def truth_arguments(self, arguments: Arguments) -> Arguments:
         """The same call in float64; what the case's numerics round first is rounded here."""
@@ -55,7 +75,10 @@ class Case(Protocol):
         """The results by ``reference.py`` alone, in plain PyTorch that autograd differentiates."""
 
     def differentiable(self, arguments: Arguments) -> tuple[torch.Tensor, ...]:
-        """The tensors that have gradients: the first positional arguments, in order."""
+        """The tensors that have gradients: the first positional arguments, in order; none without gradients."""
+
+    def summed_rows(self, arguments: Arguments) -> tuple[int, ...]:
+        """How many rows each of their gradients sums over."""
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ class DeviceFacts:
         n_units: multiprocessors, compute units or cores.
         triton: how Triton kernels run there: ``"compiled"``, ``"interpreted"``, or ``""`` for not at all.
         triton_note: more on that for people, where there is more to say.
+        fp8: the E4M3 format of its matrix units: ``"e4m3fn"``, or ``"e4m3fnuz"`` where there is no negative zero.
     """
 
     kind: str
@@ -37,6 +38,7 @@ class DeviceFacts:
     n_units: int = 1
     triton: str = ""
     triton_note: str = ""
+    fp8: str = "e4m3fn"
 
     def __str__(self) -> str:
         return " ".join(part for part in (self.kind, self.arch, f"({self.name})" if self.name else "") if part)

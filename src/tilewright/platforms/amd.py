@@ -8,6 +8,7 @@ from tilewright import settings
 from tilewright.platforms import DeviceFacts
 
 KIND = "amd"
+_FNUZ = ("gfx940", "gfx941", "gfx942")
 
 
 def owns(device_type: str) -> bool:
@@ -20,4 +21,5 @@ def facts(index: int | None) -> DeviceFacts:
     properties = torch.cuda.get_device_properties(index)
     arch = properties.gcnArchName.split(":")[0]
     triton = "interpreted" if settings.triton_interpret() else "compiled"
-    return DeviceFacts(KIND, arch, properties.name, properties.multi_processor_count, triton=triton)
+    fp8 = "e4m3fnuz" if arch in _FNUZ else "e4m3fn"
+    return DeviceFacts(KIND, arch, properties.name, properties.multi_processor_count, triton=triton, fp8=fp8)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from tilewright.errors import ArgumentError, DTypeError
+from tilewright.numerics import disagreement
 from tilewright.ops.contract import Arguments, Family, InvalidCase
 from tilewright.ops.rope.call import DTYPES, LAYOUTS, Inputs, Options, describe
 from tilewright.ops.rope.reference import rotate
@@ -71,6 +72,21 @@ class RopeCase:
                 kwargs[name] = getattr(self, name)
         return Arguments((*tensors, *tables), kwargs)
 
+    @property
+    def has_gradients(self) -> bool:
+        """True."""
+        return True
+
+    def judge(
+        self,
+        arguments: Arguments,
+        results: tuple[torch.Tensor, ...],
+        references: tuple[torch.Tensor, ...],
+        implementation: str,
+    ) -> str:
+        """Held against the truth."""
+        return disagreement("result", results, references, self.definition(self.truth_arguments(arguments)))
+
     def truth_arguments(self, arguments: Arguments) -> Arguments:
         """The call in float64. What the numerics round first is rounded here."""
         n_rotated = 2 if self.function == "rope_qk" else 1
@@ -99,6 +115,10 @@ class RopeCase:
     def differentiable(self, arguments: Arguments) -> tuple[torch.Tensor, ...]:
         """The rotated tensors."""
         return tuple(arguments.args[: 2 if self.function == "rope_qk" else 1])
+
+    def summed_rows(self, arguments: Arguments) -> tuple[int, ...]:
+        """One each: nothing is summed."""
+        return (1,) * len(self.differentiable(arguments))
 
     def _x(self, heads: int, device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
         def random(shape: list[int]) -> torch.Tensor:
