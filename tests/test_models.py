@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import io
 import itertools
@@ -12,13 +13,16 @@ from pathlib import Path
 import pytest
 import torch
 
+import tilewright
 from tilewright.errors import ArgumentError, DTypeError, MissingDependencyError
 from tilewright.models import demo, figures, report
 from tilewright.models.decoder import Decoder, DecoderConfig, KeyValueCache, generate
+from tilewright.models.fp8 import SCALE_FORMATS, Fp8Linear, fp8_validation_loss, quantised
 from tilewright.models.parts import Parts, Served
 from tilewright.models.text import batches, decode, encode, load_corpus, read_work, windows
 from tilewright.models.training import Recipe, train, validation_loss
-from tilewright.numerics import compare, compare_curves, curve_budget
+from tilewright.numerics import compare, compare_curves, curve_budget, disagreement
+from tilewright.platforms import facts
 
 TINY = DecoderConfig(layers=2, width=32, heads=4, kv_heads=2, head_dim=8, ffn_width=48, context=32)
 TINY_SCALE = demo.Scale(
@@ -183,6 +187,62 @@ def test_float64_decoder_has_float64_tables():
     assert not torch.equal(double.cos, single.cos.double())
 
 
+def norms(parts, dtype, residual_dtype, seed=0):
+    """Both norms of the same numbers: their results, and the gradients of ``x``, the residual stream and the weight."""
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randn(3, 3, 7, TINY.width, generator=generator).bfloat16()
+    x, residual, grad = (t.to(d) for t, d in zip(drawn, (dtype, residual_dtype, dtype), strict=True))
+    weight = torch.rand(TINY.width, generator=generator).add(0.5).bfloat16().to(residual_dtype)
+    leaves = [t.requires_grad_() for t in (x, residual, weight)]
+    alone = parts.norm.compute(x, weight, 1e-6)
+    y, stream = parts.add_norm.compute(x, residual, weight, 1e-6)
+    assert (alone.dtype, y.dtype, stream.dtype) == (dtype, dtype, residual_dtype)
+    torch.autograd.backward((alone, y, stream), (grad, grad.flip(0), grad.flip(1).to(residual_dtype)))
+    return [alone.detach(), y.detach(), stream.detach()], [leaf.grad for leaf in leaves]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "residual_dtype"),
+    [
+        (torch.float64, torch.float64),
+        (torch.float32, torch.float32),
+        (torch.bfloat16, torch.float32),  # under autocast
+        (torch.bfloat16, torch.bfloat16),
+    ],
+)
+def test_norm_parts_agree(dtype, residual_dtype):
+    ours, plain, truth = (
+        norms(Parts.tilewright(), dtype, residual_dtype),
+        norms(Parts.plain(), dtype, residual_dtype),
+        norms(Parts.plain(), torch.float64, torch.float64),
+    )
+    rows = 2 * 3 * 7  # of both norms, over which the weight's gradient sums
+    assert not disagreement("result", ours[0], plain[0], truth[0])
+    assert not disagreement("gradient", ours[1], plain[1], truth[1], reduced=(1, 1, rows))
+
+
+@BOTH
+def test_norm_parts_divide_by_the_root_mean_square(parts):
+    x, residual, weight = torch.tensor([[1.0, 3.0]]), torch.tensor([[2.0, 1.0]]), torch.tensor([1.0, 2.0])
+    y, stream = parts.add_norm.compute(x.double(), residual.double(), weight.double(), 0.5)
+    assert stream.tolist() == [[3.0, 4.0]]
+    torch.testing.assert_close(y, torch.tensor([[3.0, 8.0]]).double() / 13**0.5)  # mean of squares 12.5, and eps
+    torch.testing.assert_close(parts.norm.compute(stream, weight.double(), 0.5), y)
+
+
+@BOTH
+def test_each_residual_add_is_fused_with_the_norm_behind_it(parts):
+    calls = []
+
+    def counted(name):
+        part = getattr(parts, name)
+        return dataclasses.replace(part, compute=lambda *args: calls.append(name) or part.compute(*args))
+
+    model = Decoder(TINY, dataclasses.replace(parts, norm=counted("norm"), add_norm=counted("add_norm")))
+    model(tokens(1, 5))
+    assert calls == ["norm"] + ["add_norm"] * 2 * TINY.layers
+
+
 @BOTH
 @pytest.mark.parametrize("start", [0, 5])
 def test_rope_parts_turn_pairs_by_their_angle(parts, start):
@@ -276,6 +336,121 @@ def test_learning_rate_rises_and_falls():
     assert recipe.rate(0, 1) == 1.0
 
 
+# FP8
+
+
+@pytest.fixture(scope="module")
+def trained(corpus):
+    return train(TINY, Parts.tilewright(), corpus, steps=40, recipe=Recipe(batch=8, learning_rate=1e-2, warmup=5))
+
+
+def with_wrong_scales(model):
+    """The same FP8 decoder, the scales of its weights doubled."""
+    for block in model.blocks:
+        for linear in (block.qkv, block.out, block.gate_up, block.down):
+            values, scales = linear.weight
+            linear.weight = (values, (2 * scales.float()).to(scales.dtype))
+    return model
+
+
+SCALES = pytest.mark.parametrize("scale_format", SCALE_FORMATS)
+
+
+@SCALES
+@pytest.mark.parametrize("n_in", [48, 300])
+def test_fp8_linear_layer_is_off_by_the_rounding_of_its_operands(scale_format, n_in):
+    generator = torch.Generator().manual_seed(0)
+    linear = torch.nn.Linear(n_in, 20, bias=False)
+    with torch.no_grad():
+        linear.weight.normal_(generator=generator)
+    x = torch.randn(5, n_in, generator=generator)
+    layer = Fp8Linear(linear, torch.float32, scale_format)
+    quantised_x = tilewright.quant_fp8(x, scale_format=scale_format)
+
+    def rounding(operand, scales):
+        # Half a unit in the last place of a normal number, half the least number of any other.
+        about = torch.finfo(torch.float8_e4m3fn)
+        wide = scales.double().repeat_interleave(128, -1)[:, : operand.shape[1]]
+        return torch.maximum(about.eps / 2 * operand.abs(), about.tiny * about.eps / 2 * wide)
+
+    x, weight = x.double(), linear.weight.detach().double()
+    of_x, of_weight = rounding(x, quantised_x.scales), rounding(weight, layer.weight.scales)
+    allowed = of_x @ weight.abs().T + x.abs() @ of_weight.T + of_x @ of_weight.T
+    error = (layer(*quantised_x) - x @ weight.T).abs()
+    assert (error <= allowed).all()
+    assert (error > 0).any()
+    layer.weight = (layer.weight.values, (2 * layer.weight.scales.float()).to(layer.weight.scales.dtype))
+    assert not ((layer(*quantised_x) - x @ weight.T).abs() <= allowed).all()
+
+
+def test_fp8_linear_layer_sums_in_float32_under_autocast():
+    x, linear = torch.randn(5, 48, generator=torch.Generator().manual_seed(0)), torch.nn.Linear(48, 20, bias=False)
+    layer = Fp8Linear(linear, torch.bfloat16, "fp32")
+    expected = tilewright.scaled_mm_fp8(tilewright.quant_fp8(x), tilewright.quant_fp8(linear.weight.detach()))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(layer(*tilewright.quant_fp8(x)), expected)
+
+
+@SCALES
+@torch.no_grad()
+def test_fp8_blocks_quantise_in_one_format_and_where_the_input_is_made(scale_format, monkeypatch):
+    calls = []
+
+    def spied(name):
+        function = getattr(tilewright, name)
+        return lambda *args, **options: calls.append((name, options["scale_format"])) or function(*args, **options)
+
+    sources = ["quant_fp8", "rms_norm_quant_fp8", "add_rms_norm_quant_fp8", "silu_mul_quant_fp8"]
+    for name in sources:
+        monkeypatch.setattr(tilewright, name, spied(name))
+    model = quantised(Decoder(TINY, Parts.tilewright()), torch.float32, scale_format)
+    assert [name for name, _ in calls] == ["quant_fp8"] * 4 * TINY.layers  # the weights
+    model(tokens(1, 5))
+    plain, first, later, activation = sources
+    inputs = [name for norm in (first, later) for name in (norm, plain, later, activation)]
+    assert [name for name, _ in calls[4 * TINY.layers :]] == inputs
+    assert {used for _, used in calls} == {scale_format}
+
+
+@SCALES
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fp8_evaluation_costs_less_than_a_wrong_scale(trained, corpus, scale_format, dtype):
+    run = dataclasses.replace(trained, dtype=dtype)
+    exact, fp8 = validation_loss(run, corpus), fp8_validation_loss(run, corpus, scale_format)
+    wrong = dataclasses.replace(run, model=with_wrong_scales(quantised(run.model, dtype, scale_format)))
+    assert 0 < abs(fp8 - exact) < abs(validation_loss(wrong, corpus) - exact)
+    assert validation_loss(run, corpus) == exact  # the decoder itself is left alone
+
+
+class RoundedLinear(torch.nn.Module):
+    """A linear layer of the operands that FP8 and back makes of its own."""
+
+    def __init__(self, linear, scale_format):
+        super().__init__()
+        self.scale_format = scale_format
+        self.weight = self.rounded(linear.weight.detach())
+
+    def rounded(self, operand):
+        return tilewright.dequant_fp8(*tilewright.quant_fp8(operand, scale_format=self.scale_format))
+
+    def forward(self, x):
+        return self.rounded(x) @ self.weight.T
+
+
+@SCALES
+@torch.no_grad()
+def test_fp8_decoder_is_the_decoder_of_rounded_operands(trained, scale_format):
+    # The same sums, but for a code here and there where SiLU is rounded otherwise: far nearer than the decoder itself.
+    rounded, x = copy.deepcopy(trained.model), tokens(4, TINY.context)
+    for block in rounded.blocks:
+        for layer in (block.attention, block.ffn):
+            for name, linear in list(layer.named_children()):
+                setattr(layer, name, RoundedLinear(linear, scale_format))
+    fp8 = quantised(trained.model, torch.float32, scale_format)
+    cost = (rounded(x) - trained.model(x)).square().mean()
+    assert (fp8(x) - rounded(x)).square().mean() < cost
+
+
 # The demo
 
 
@@ -283,9 +458,13 @@ def test_demo_agrees_and_explains(result):
     assert result.agrees
     assert result.steps == 6
     assert result.truth.dtype == "float64"
-    assert [served.operation for served in result.tilewright.served] == ["rope_qk"]
-    assert result.tilewright.served[0].implementation not in ("", "nothing", "plain PyTorch")
-    assert result.tilewright.served[0].reason
+    operations = ["rms_norm", "rope_qk", "add_rms_norm"]  # in the order of their first calls
+    assert [served.operation for served in result.plain.served] == operations
+    assert [served.operation for served in result.tilewright.served] == operations
+    assert {served.implementation for served in result.plain.served} == {"plain PyTorch"}
+    chosen = "triton" if facts(torch.device("cpu")).triton else "reference"  # not beside an accelerator
+    assert {served.implementation for served in result.tilewright.served} == {chosen}
+    assert all(served.reason for served in result.tilewright.served)
     assert len(result.plain.sample) == len(result.tilewright.sample) == 50
     assert result.truth.sample is None
 
@@ -320,7 +499,9 @@ def test_json_parses(result, capsys):
     document = json.loads(capsys.readouterr().out)
     assert document["agrees"] is True
     assert document["tilewright"]["losses"] == list(again.tilewright.losses) == list(result.tilewright.losses)
-    assert document["tilewright"]["served"][0]["operation"] == "rope_qk"
+    assert document["tilewright"]["served"][1]["operation"] == "rope_qk"
+    assert document["fp8"] == [dataclasses.asdict(fp8) for fp8 in again.fp8]
+    assert [fp8["scale_format"] for fp8 in document["fp8"]] == ["fp32", "ue8m0"]
     assert document["steps"] == 6
 
 
@@ -345,7 +526,7 @@ def test_table_on_the_terminal(result):
         dataclasses.replace(result, tilewright=dataclasses.replace(result.tilewright, served=(served,))), console
     )
     shown = console.file.getvalue()
-    for expected in ("loss 1.250", "step time", "[bold]x", "because [/b]", result.verdict):
+    for expected in ("loss 1.250", "step time", "[bold]x", "because [/b]", result.verdict, *result.fp8_lines):
         assert expected in shown
 
 
@@ -354,6 +535,7 @@ def test_table_on_the_terminal(result):
     [
         ({"steps": 0}, "steps"),
         ({"seed": -1}, "seed"),
+        ({"scale": dataclasses.replace(TINY_SCALE, dtype=torch.float64)}, "scale"),
         ({"device": "nonsense"}, "device"),
         ({"device": "meta"}, "device"),
         ({"output": "no/such/folder/report.html"}, "does not exist"),
@@ -424,6 +606,8 @@ def test_report_is_one_sound_page(result, tmp_path):
     text = "".join(page.text)
     assert result.verdict in text
     assert result.tilewright.served[0].reason in text
+    assert len(result.fp8_lines) == 2
+    assert all(line in text for line in result.fp8_lines)
     assert result.tilewright.sample in text
 
 

@@ -12,31 +12,61 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from tilewright.dispatch import use
     from tilewright.ops import explain, register
+    from tilewright.ops.quant_fp8.api import (
+        add_rms_norm_quant_fp8,
+        dequant_fp8,
+        quant_fp8,
+        rms_norm_quant_fp8,
+        scaled_mm_fp8,
+        silu_mul_quant_fp8,
+    )
+    from tilewright.ops.quant_fp8.format import QuantFormat, QuantPolicy
+    from tilewright.ops.rms_norm.api import add_rms_norm, rms_norm
     from tilewright.ops.rope.api import rope, rope_from_angles, rope_qk
     from tilewright.ops.rope.table import RopeTable, rope_table
 
 __version__ = "0.1.0"
 
 _HOME = {
+    "add_rms_norm": "tilewright.ops.rms_norm.api",
+    "add_rms_norm_quant_fp8": "tilewright.ops.quant_fp8.api",
+    "dequant_fp8": "tilewright.ops.quant_fp8.api",
     "explain": "tilewright.ops",
+    "quant_fp8": "tilewright.ops.quant_fp8.api",
+    "QuantFormat": "tilewright.ops.quant_fp8.format",
+    "QuantPolicy": "tilewright.ops.quant_fp8.format",
     "register": "tilewright.ops",
+    "rms_norm": "tilewright.ops.rms_norm.api",
+    "rms_norm_quant_fp8": "tilewright.ops.quant_fp8.api",
     "rope": "tilewright.ops.rope.api",
     "rope_from_angles": "tilewright.ops.rope.api",
     "rope_qk": "tilewright.ops.rope.api",
-    "RopeTable": "tilewright.ops.rope.table",
     "rope_table": "tilewright.ops.rope.table",
+    "RopeTable": "tilewright.ops.rope.table",
+    "scaled_mm_fp8": "tilewright.ops.quant_fp8.api",
+    "silu_mul_quant_fp8": "tilewright.ops.quant_fp8.api",
     "use": "tilewright.dispatch",
 }
 
 __all__ = [
+    "QuantFormat",
+    "QuantPolicy",
     "RopeTable",
     "__version__",
+    "add_rms_norm",
+    "add_rms_norm_quant_fp8",
+    "dequant_fp8",
     "explain",
+    "quant_fp8",
     "register",
+    "rms_norm",
+    "rms_norm_quant_fp8",
     "rope",
     "rope_from_angles",
     "rope_qk",
     "rope_table",
+    "scaled_mm_fp8",
+    "silu_mul_quant_fp8",
     "use",
 ]
 

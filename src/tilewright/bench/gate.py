@@ -68,16 +68,17 @@ class Gate:
         else:
             reference = truth = prepared.expected
         for tensor in prepared.outputs:
-            tensor.fill_(torch.nan)
+            spoil(tensor)
         _poison(reference)
         results = tuple(result.detach() for result in prepared.results(prepared.calls[0]()))
         if prepared.expected is not None:
             same = len(results) == len(truth) and all(map(torch.equal, results, truth))
             return Verdict(same, "bit for bit", reason="" if same else "the copy differs from its source")
-        worst, reason = self._compare(results, reference, truth)
+        worst, reason = self._compare(formulation, results, reference, truth)
         if reason:
             return Verdict(False, formulation.name, formulation.less_precise, worst, reason=reason)
-        rms_error = _rms_error(results, self._facts(self._suite.formulation)[1])
+        own = self._suite.formulation
+        rms_error = _rms_error(own.numbers(self._task, results), self._facts(own)[1])
         return Verdict(True, formulation.name, formulation.less_precise, worst, rms_error)
 
     def _facts(self, formulation: Formulation) -> tuple[Tensors, Tensors]:
@@ -85,17 +86,20 @@ class Gate:
             self._known[formulation.name] = formulation.evaluate(self._task), formulation.exact(self._task)
         return self._known[formulation.name]
 
-    def _compare(self, results: Tensors, reference: Tensors, truth: Tensors) -> tuple[float | None, str]:
+    def _compare(
+        self, formulation: Formulation, results: Tensors, reference: Tensors, truth: Tensors
+    ) -> tuple[float | None, str]:
         """The largest share of the budget used, and why the results are wrong or nothing."""
         for what, form in _FORMS.items():
             came, expected = [form(tensor) for tensor in results], [form(tensor) for tensor in reference]
             if came != expected:
                 return None, f"{what}: came {came}, expected {expected}"
-        if self._suite.judges is not None:
-            return None, self._suite.judges(results, reference, truth) or ""
+        if formulation.judges is not None:
+            return None, formulation.judges(self._task, results, reference, truth)
         worst, reason = 0.0, ""
-        for index, (result, plain, exact) in enumerate(zip(results, reference, truth, strict=True)):
-            agreement = compare(result, plain, exact)
+        rows = [1] * len(results) if self._suite.reduced is None else self._suite.reduced(self._task)
+        for index, (result, plain, exact, n) in enumerate(zip(results, reference, truth, rows, strict=True)):
+            agreement = compare(result, plain, exact, reduced=n)
             worst = max(worst, agreement.worst)
             if not agreement.ok and not reason:
                 reason = f"result {index} {agreement}"
@@ -122,5 +126,18 @@ def _poison(like: Tensors) -> None:
     """Leave NaN in the memory that the allocator will hand out next for tensors like these."""
     poisoned = [torch.empty_like(tensor) for tensor in like]
     for tensor in poisoned:
-        if tensor.is_floating_point():
-            tensor.fill_(torch.nan)
+        spoil(tensor)
+
+
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_ONE_ZERO = (torch.float8_e4m3fnuz, torch.float8_e5m2fnuz)
+
+
+def spoil(tensor: torch.Tensor) -> None:
+    """Fill with NaN, in place, by bits: not every device fills FP8, and integers may hold packed exponents.
+
+    All bits set are a NaN in every format, four NaN exponents in an int32, but for FP8 formats with one zero, whose
+    only NaN is where negative zero would be.
+    """
+    bits = _INTEGERS[tensor.dtype.itemsize]
+    tensor.detach().view(bits).fill_(torch.iinfo(bits).min if tensor.dtype in _ONE_ZERO else -1)

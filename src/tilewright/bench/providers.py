@@ -8,12 +8,15 @@ an operation: a family's module in this package builds its suite.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from functools import lru_cache, partial
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from tilewright.errors import UnknownNameError
+from tilewright.bench.environment import explain_failure
+from tilewright.errors import TilewrightError, UnknownNameError
+from tilewright.settings import triton_interpret
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -81,12 +84,18 @@ class Formulation:
         evaluate: results of a task in the task's dtypes.
         truth: results in float64; None to evaluate the task in float64.
         less_precise: why this is a less precise job than the family's own; empty if it is the same job.
+        judges: how results are judged if not by the policy of :mod:`tilewright.numerics` for tensors: a function of the
+            task, the results, the formulation's results in the same dtypes, and the truth, that returns why the results
+            are wrong; empty if they are right.
+        numbers: what of a task's results is compared with the truth, tensor by tensor, where results are codes.
     """
 
     name: str
     evaluate: Callable[[Task], Tensors]
     truth: Callable[[Task], Tensors] | None = None
     less_precise: str = ""
+    judges: Callable[[Task, Tensors, Tensors, Tensors], str] | None = None
+    numbers: Callable[[Task, Tensors], Tensors] = field(default=lambda task, results: results)
 
     def exact(self, task: Task) -> Tensors:
         """The truth of a task."""
@@ -170,6 +179,62 @@ def bind(function: Callable[..., Any], task: Task) -> Callable[[], Any]:
 def evaluate(function: Callable[..., Any], task: Task) -> Tensors:
     """Results of a task: the function's outputs, or its gradients."""
     return tuple(tensor.detach() for tensor in tensors_in(bind(function, task)()))
+
+
+def records_gradients(task: Task) -> bool:
+    """Whether a task is a backward or a forward that one may follow."""
+    tensors = (value for value in task.args if isinstance(value, torch.Tensor))
+    return task.direction == "backward" or any(tensor.requires_grad for tensor in tensors)
+
+
+def public_function(implementation: str, task: Task) -> Callable[..., Any]:
+    """The task's public function, served by one of its implementations."""
+    import tilewright
+
+    return partial(getattr(tilewright, task.function), impl=implementation)
+
+
+def by_reference(task: Task) -> Tensors:
+    """Results of a task by the family's definition."""
+    return evaluate(public_function("reference", task), task)
+
+
+def no_kernels(device: torch.device) -> str | None:
+    """Why the time of our Triton kernels would say nothing; None if it says something."""
+    if triton_interpret():
+        return "Triton's interpreter runs the kernels (TRITON_INTERPRET=1): its time says nothing"
+    return None
+
+
+def not_chosen(implementation: str, task: Task) -> str | None:
+    """Why dispatch would not let this implementation serve the task; None if it would."""
+    import tilewright
+
+    try:
+        explanation = tilewright.explain(task.function, *task.args, impl=implementation, **task.kwargs)
+    except TilewrightError as error:
+        return str(error)
+    return None if explanation.chosen == implementation else explanation.reason
+
+
+def peer_missing(module: str, attribute: str) -> Callable[[torch.device], str | None]:
+    """Why another library's kernels cannot be had on a device, as a function of the device."""
+
+    def reason(device: torch.device) -> str | None:
+        if device.type == "cpu":
+            return "runs on accelerators only"
+        return _import_failure(module, attribute)
+
+    return reason
+
+
+@lru_cache(maxsize=16)
+def _import_failure(module: str, attribute: str) -> str | None:
+    try:
+        getattr(import_module(module), attribute)
+    except Exception as error:  # a broken package may raise anything
+        return explain_failure(error)
+    return None
 
 
 def twins(values: Sequence[Any]) -> tuple[Any, ...]:
@@ -289,6 +354,46 @@ class CopyProvider:
 
 
 @dataclass(frozen=True)
+class ForwardOnly:
+    """A provider of an operation without gradients.
+
+    Attributes:
+        provider: who computes the forward.
+        reason: why there is no backward.
+    """
+
+    provider: Provider
+    reason: str
+
+    @property
+    def name(self) -> str:
+        """The provider's."""
+        return self.provider.name
+
+    @property
+    def description(self) -> str:
+        """The provider's."""
+        return self.provider.description
+
+    @property
+    def eager(self) -> bool:
+        """Whether a call runs Python."""
+        return self.provider.eager
+
+    def available(self, device: torch.device) -> str | None:
+        """Why the provider cannot be had on this device."""
+        return self.provider.available(device)
+
+    def accepts(self, task: Task) -> str | None:
+        """Why the provider cannot do this task."""
+        return self.reason if records_gradients(task) else self.provider.accepts(task)
+
+    def prepare(self, tasks: Sequence[Task]) -> Prepared:
+        """Calls for tasks that differ in nothing but their memory."""
+        return self.provider.prepare(tasks)
+
+
+@dataclass(frozen=True)
 class Suite:
     """What the benchmark of one operation family needs beyond the family's spec.
 
@@ -298,8 +403,9 @@ class Suite:
         wrt: places, among a workload's arguments, of the tensors that have gradients.
         providers: everyone who can be asked for, in the order of tables.
         on_request: names of providers that are measured only when asked for.
-        judges: how results are judged if not by the policy of :mod:`tilewright.numerics`: a function of the results,
-            the formulation's results in the same dtype, and the truth, that returns why they are wrong, or None.
+        reduced: how many rows each result of a task sums over; by default 1.
+        no_gradients: why the family has no backward; empty if it has one. Its providers then refuse every backward and
+            every forward that records one.
     """
 
     family: Family
@@ -307,7 +413,8 @@ class Suite:
     wrt: Callable[[Workload, Arguments], tuple[int, ...]]
     providers: tuple[Provider, ...]
     on_request: frozenset[str] = frozenset()
-    judges: Callable[[Tensors, Tensors, Tensors], str | None] | None = None
+    reduced: Callable[[Task], tuple[int, ...]] | None = None
+    no_gradients: str = ""
 
     def chosen(self, names: Sequence[str] | None) -> tuple[Provider, ...]:
         """The providers of these names, or those that are measured unasked.
@@ -316,17 +423,19 @@ class Suite:
             UnknownNameError: no provider has such a name.
         """
         by_name: Mapping[str, Provider] = {provider.name: provider for provider in self.providers}
+        if self.no_gradients:
+            by_name = {name: ForwardOnly(provider, self.no_gradients) for name, provider in by_name.items()}
         if names is None:
-            return tuple(provider for provider in self.providers if provider.name not in self.on_request)
+            return tuple(provider for name, provider in by_name.items() if name not in self.on_request)
         for name in names:
             if name not in by_name:
                 raise UnknownNameError(
                     f"bench {self.family.name}: no provider is called '{name}'; there are: {', '.join(by_name)}"
                 )
-        return tuple(provider for provider in self.providers if provider.name in names)
+        return tuple(provider for name, provider in by_name.items() if name in names)
 
 
-SUITES = ("rope",)
+SUITES = ("rope", "rms_norm", "quant_fp8")
 """The families that can be measured: each has a module of its name in this package with a function ``suite``."""
 
 _REGISTERED: dict[str, Callable[[], Suite]] = {}

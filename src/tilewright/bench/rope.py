@@ -9,13 +9,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from tilewright.bench import peers
-from tilewright.bench.providers import CopyProvider, Formulation, FunctionProvider, Provider, Suite, evaluate
-from tilewright.errors import TilewrightError
-from tilewright.settings import triton_interpret
+from tilewright.bench.providers import (
+    CopyProvider,
+    Formulation,
+    FunctionProvider,
+    Provider,
+    Suite,
+    by_reference,
+    evaluate,
+    no_kernels,
+    not_chosen,
+    public_function,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from tilewright.bench.providers import Task, Tensors
     from tilewright.ops.contract import Arguments, Workload
 
@@ -28,18 +35,18 @@ def suite() -> Suite:
         FunctionProvider(
             "triton",
             "tilewright's Triton kernel",
-            partial(_public, "triton"),
-            missing=_no_kernels,
-            refuses=partial(_explained, "triton"),
+            partial(public_function, "triton"),
+            missing=no_kernels,
+            refuses=partial(not_chosen, "triton"),
         ),
         FunctionProvider(
             "triton_hf",
             "tilewright's Triton kernel on half-width tables in x's dtype, the precision of Hugging Face's",
-            partial(_public, "triton"),
+            partial(public_function, "triton"),
             translate=peers.rounded_tables,
             formulation=lambda task: peers.ROUNDED_TABLES,
-            missing=_no_kernels,
-            refuses=partial(_explained, "triton"),
+            missing=no_kernels,
+            refuses=partial(not_chosen, "triton"),
         ),
         FunctionProvider("eager", "plain PyTorch, fp32 tables", lambda task: plain, refuses=_only_bshd),
         FunctionProvider(
@@ -58,13 +65,13 @@ def suite() -> Suite:
             compiled=True,
             refuses=_only_bshd,
         ),
-        FunctionProvider("reference", "tilewright's definition", partial(_public, "reference")),
+        FunctionProvider("reference", "tilewright's definition", partial(public_function, "reference")),
         *peers.rope_providers(HUGGING_FACE, _only_bshd),
         CopyProvider(),
     )
     return Suite(
         family=family("rope"),
-        formulation=Formulation("fp32 tables, fp32 arithmetic, one rounding", _reference),
+        formulation=Formulation("fp32 tables, fp32 arithmetic, one rounding", by_reference),
         wrt=_wrt,
         providers=providers,
         on_request=frozenset({"reference"}),
@@ -138,35 +145,8 @@ HUGGING_FACE = Formulation(
 )
 
 
-def _public(implementation: str, task: Task) -> Callable[..., Any]:
-    import tilewright
-
-    return partial(getattr(tilewright, task.function), impl=implementation)
-
-
-def _reference(task: Task) -> Tensors:
-    return evaluate(_public("reference", task), task)
-
-
 def _wrt(workload: Workload, arguments: Arguments) -> tuple[int, ...]:
     return tuple(range(len(arguments.args) - 2))  # everything but the tables
-
-
-def _no_kernels(device: torch.device) -> str | None:
-    if triton_interpret():
-        return "Triton's interpreter runs the kernels (TRITON_INTERPRET=1): its time says nothing"
-    return None
-
-
-def _explained(implementation: str, task: Task) -> str | None:
-    """Why dispatch would not let this implementation serve the task."""
-    import tilewright
-
-    try:
-        explanation = tilewright.explain(task.function, *task.args, impl=implementation, **task.kwargs)
-    except TilewrightError as error:
-        return str(error)
-    return None if explanation.chosen == implementation else explanation.reason
 
 
 def _only_bshd(task: Task) -> str | None:

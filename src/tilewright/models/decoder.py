@@ -75,6 +75,30 @@ class KeyValueCache:
         return self.keys[layer, :, :end], self.values[layer, :, :end]
 
 
+class Norm(nn.Module):
+    """RMSNorm in front of a layer, fused with the residual add behind the layer before."""
+
+    def __init__(self, config: DecoderConfig, parts: Parts) -> None:
+        super().__init__()
+        self.parts = parts
+        self.eps = 1e-6
+        self.weight = nn.Parameter(torch.empty(config.width, device="meta"))
+
+    def forward(self, x: torch.Tensor, residual: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Add ``x`` to the residual stream, which it begins if there is none, and normalise the sum.
+
+        Args:
+            x: what the layer before computed, [batch, seq, width].
+            residual: the stream so far, as ``x``.
+
+        Returns:
+            The norm and the stream, as ``x``.
+        """
+        if residual is None:
+            return self.parts.norm.compute(x, self.weight, self.eps), x
+        return self.parts.add_norm.compute(x, residual, self.weight, self.eps)
+
+
 class Attention(nn.Module):
     """Causal grouped-query attention with RoPE."""
 
@@ -91,19 +115,25 @@ class Attention(nn.Module):
         self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, cache: KeyValueCache | None
     ) -> torch.Tensor:
         """[batch, seq, width] to the same."""
-        batch, seq, _ = x.shape
+        out: torch.Tensor = self.out(self.attend(self.qkv(x), cos, sin, cache))
+        return out
+
+    def attend(
+        self, qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, cache: KeyValueCache | None
+    ) -> torch.Tensor:
+        """What lies between the projections: [batch, seq, all heads * head_dim] to [batch, seq, heads * head_dim]."""
+        batch, seq, _ = qkv.shape
         start = cache.length if cache else 0
-        q, k, v = self.qkv(x).view(batch, seq, -1, self.config.head_dim).split(self.heads, dim=2)
+        q, k, v = qkv.view(batch, seq, -1, self.config.head_dim).split(self.heads, dim=2)  # type: ignore[no-untyped-call]
         q, k = self.parts.rope.compute(q, k, cos, sin, start)  # [batch, seq, heads, head_dim]
         if cache:
             k, v = cache.extend(self.layer, k, v)
         # Behind a filled cache the queries are the last rows of a square, of which is_causal would take the first.
-        mask = torch.ones(seq, start + seq, dtype=torch.bool, device=x.device).tril(start) if start else None
+        mask = torch.ones(seq, start + seq, dtype=torch.bool, device=q.device).tril(start) if start else None
         y = F.scaled_dot_product_attention(
             q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask, is_causal=mask is None, enable_gqa=True
         )
-        out: torch.Tensor = self.out(y.transpose(1, 2).reshape(batch, seq, -1))
-        return out
+        return y.transpose(1, 2).reshape(batch, seq, -1)
 
 
 class FeedForward(nn.Module):
@@ -122,22 +152,27 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and feed-forward, each behind a norm and around a residual."""
+    """Attention and feed-forward, each behind a norm. What a block computes is added by the norm that follows it."""
 
     def __init__(self, config: DecoderConfig, parts: Parts, layer: int) -> None:
         super().__init__()
-        self.attention_norm = _norm(config)
+        self.attention_norm = Norm(config, parts)
         self.attention = Attention(config, parts, layer)
-        self.ffn_norm = _norm(config)
+        self.ffn_norm = Norm(config, parts)
         self.ffn = FeedForward(config)
 
     def forward(
-        self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, cache: KeyValueCache | None
-    ) -> torch.Tensor:
-        """[batch, seq, width] to the same."""
-        x = x + self.attention(self.attention_norm(x), cos, sin, cache)
-        out: torch.Tensor = x + self.ffn(self.ffn_norm(x))
-        return out
+        self,
+        x: torch.Tensor,
+        residual: torch.Tensor | None,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        cache: KeyValueCache | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """[batch, seq, width], once what is to be added and once the residual stream, to the same."""
+        x, residual = self.attention_norm(x, residual)
+        x, residual = self.ffn_norm(self.attention(x, cos, sin, cache), residual)
+        return self.ffn(x), residual
 
 
 class Decoder(nn.Module):
@@ -173,7 +208,7 @@ class Decoder(nn.Module):
         self.config = config
         self.embedding = nn.Embedding(config.vocab, config.width, device="meta")
         self.blocks = nn.ModuleList(Block(config, parts, layer) for layer in range(config.layers))
-        self.norm = _norm(config)
+        self.norm = Norm(config, parts)
         self.head = _linear(config.width, config.vocab)
         self._draw_weights(seed)
         table_dtype = torch.promote_types(dtype, torch.float32)
@@ -221,12 +256,13 @@ class Decoder(nn.Module):
         end = tokens.shape[1] + (cache.length if cache else 0)
         if end > self.config.context:
             raise ArgumentError("Decoder", "tokens", f"reach to {end}, past the context of {self.config.context}")
-        x = self.embedding(tokens)
+        x, residual = self.embedding(tokens), None
         for block in self.blocks:
-            x = block(x, self.cos, self.sin, cache)
+            x, residual = block(x, residual, self.cos, self.sin, cache)
         if cache:
             cache.length = end
-        logits: torch.Tensor = self.head(self.norm(x))
+        y, _ = self.norm(x, residual)
+        logits: torch.Tensor = self.head(y)
         return logits
 
     def loss(self, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -284,7 +320,3 @@ def _compute_dtype(model: Decoder) -> torch.dtype:
 def _linear(n_in: int, n_out: int) -> nn.Linear:
     # Weights get their values, and their memory, when all of them are drawn.
     return nn.Linear(n_in, n_out, bias=False, device="meta")
-
-
-def _norm(config: DecoderConfig) -> nn.RMSNorm:
-    return nn.RMSNorm(config.width, eps=1e-6, device="meta")

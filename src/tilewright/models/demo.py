@@ -1,7 +1,8 @@
 """The demo: one decoder, trained with plain PyTorch parts and with tilewright's, and the truth in float64 beside them.
 
 Both learn a real text from the same weights and the same batches. Their loss curves must agree within the numerics
-policy; what they cost is measured; who served each operation is explained.
+policy; what they cost is measured; who served each operation is explained. At the end the decoder trained with
+tilewright's parts is evaluated once more, its linear layers computed from FP8.
 """
 
 from __future__ import annotations
@@ -21,8 +22,9 @@ import torch
 from tilewright.errors import ArgumentError
 from tilewright.models import report
 from tilewright.models.decoder import DecoderConfig, generate
+from tilewright.models.fp8 import SCALE_FORMATS, fp8_validation_loss
 from tilewright.models.parts import Parts
-from tilewright.models.result import DemoResult, Measured
+from tilewright.models.result import DemoResult, Fp8Loss, Measured
 from tilewright.models.text import decode, encode, load_corpus
 from tilewright.models.training import Recipe, computing_in, train, validation_loss
 from tilewright.numerics import compare_curves, curve_budget
@@ -52,7 +54,7 @@ class Scale:
         config: the decoder's sizes.
         recipe: how it is trained.
         steps: for how long.
-        dtype: what the two compared trainings compute in.
+        dtype: what the two compared trainings compute in: float32 or bfloat16.
         sample_bytes: how much text each of them writes.
     """
 
@@ -117,14 +119,18 @@ def run(
     where = usable_device(device, "demo")
     scale = scale or (LARGE if facts(where).kind in (nvidia.KIND, amd.KIND) else SMALL)
     steps = scale.steps if steps is None else steps
-    _check(steps, seed, output)
+    _check(scale, steps, seed, output)
     if not quiet:
         require("rich", "tilewright demo")
     trainings = _Trainings(scale, load_corpus(), steps, seed)
     with _progress(console, json_output, quiet) as follow:
         plain, run_plain = trainings.one(Parts.plain(), where, scale.dtype, follow)
-        tilewright, _ = trainings.one(Parts.tilewright(), where, scale.dtype, follow)
+        tilewright, run_tilewright = trainings.one(Parts.tilewright(), where, scale.dtype, follow)
         truth, _ = trainings.one(Parts.plain(), _truth_device(where), torch.float64, follow)
+        fp8 = tuple(
+            Fp8Loss(scale_format, fp8_validation_loss(run_tilewright, trainings.corpus, scale_format))
+            for scale_format in SCALE_FORMATS
+        )
     agreement = compare_curves(tilewright.losses, plain.losses, truth.losses, dtype=scale.dtype)
     result = DemoResult(
         agrees=agreement.ok,
@@ -133,6 +139,7 @@ def run(
         plain=plain,
         tilewright=tilewright,
         truth=truth,
+        fp8=fp8,
         config=scale.config,
         n_parameters=run_plain.model.n_parameters,
         tokens_per_step=run_plain.tokens_per_step,
@@ -232,8 +239,12 @@ def _truth_device(device: torch.device) -> torch.device:
     return device if facts(device).kind in (nvidia.KIND, amd.KIND) else torch.device(cpu.KIND)
 
 
-def _check(steps: int, seed: int, output: str | Path | None) -> None:
+def _check(scale: Scale, steps: int, seed: int, output: str | Path | None) -> None:
     # Before the training, so that nobody waits minutes for an error.
+    if scale.dtype == torch.float64:
+        raise ArgumentError(
+            "demo", "scale", "got dtype float64, which is not quantised to FP8; expected float32 or bfloat16"
+        )
     if steps < 1:
         raise ArgumentError("demo", "steps", f"got {steps}, expected 1 or more")
     if not 0 <= seed < 2**63:

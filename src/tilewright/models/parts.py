@@ -45,6 +45,20 @@ class Part(Generic[P, R]):
     explain: Callable[P, Served]
 
 
+NormPart = Part[[torch.Tensor, torch.Tensor, float], torch.Tensor]
+"""RMSNorm: ``(x, weight, eps) -> y``.
+
+``x`` and ``y`` are [..., width], ``weight`` is [width]. The arithmetic is in float32 (float64 in a float64 model). The
+norm is rounded to the dtype of ``x`` before the weight multiplies, and the product again.
+"""
+
+AddNormPart = Part[[torch.Tensor, torch.Tensor, torch.Tensor, float], tuple[torch.Tensor, torch.Tensor]]
+"""Adds to the residual stream and normalises the sum: ``(x, residual, weight, eps) -> (y, residual)``.
+
+As :data:`NormPart`; ``residual`` has the shape of ``x`` and keeps its dtype, to which the sum is rounded before the
+norm is taken of it.
+"""
+
 RopePart = Part[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int], tuple[torch.Tensor, torch.Tensor]]
 """Rotates queries and keys: ``(q, k, cos, sin, start) -> (q, k)``.
 
@@ -60,21 +74,35 @@ class Parts:
 
     Attributes:
         name: for people.
+        norm: RMSNorm.
+        add_norm: RMSNorm of the residual stream and what a layer adds to it.
         rope: the rotary position embedding.
     """
 
     name: str
+    norm: NormPart
+    add_norm: AddNormPart
     rope: RopePart
 
     @classmethod
     def plain(cls) -> Parts:
         """The parts as one would write them in plain PyTorch."""
-        return cls("plain PyTorch", rope=Part(_plain_rope, _explain_plain_rope))
+        return cls(
+            "plain PyTorch",
+            norm=Part(_plain_norm, _explain_plain("rms_norm")),
+            add_norm=Part(_plain_add_norm, _explain_plain("add_rms_norm")),
+            rope=Part(_plain_rope, _explain_plain("rope_qk")),
+        )
 
     @classmethod
     def tilewright(cls) -> Parts:
         """The parts from tilewright, served as its dispatch chooses."""
-        return cls("tilewright", rope=Part(_tilewright_rope, _explain_tilewright_rope))
+        return cls(
+            "tilewright",
+            norm=Part(_tilewright_norm, _explain_tilewright("rms_norm")),
+            add_norm=Part(_tilewright_add_norm, _explain_tilewright("add_rms_norm")),
+            rope=Part(_tilewright_rope, _explain_tilewright_rope),
+        )
 
     def observed(self) -> tuple[Parts, dict[str, Served]]:
         """The same parts, which note at their first call who serves it.
@@ -100,6 +128,55 @@ def _observed(part: Part[..., Any], field_name: str, notes: dict[str, Served]) -
     return Part(compute, part.explain)
 
 
+def _explain_plain(operation: str) -> Callable[..., Served]:
+    """What the plain part says that stands for ``operation``."""
+    reason = "what tilewright is compared with: PyTorch operators, one after the other"
+    return lambda *args: Served(operation, "plain PyTorch", reason)
+
+
+def _explain_tilewright(operation: str) -> Callable[..., Served]:
+    """What the part says that calls ``operation`` with its own arguments, and keyword arguments if there are any."""
+
+    def explain(*args: Any, **kwargs: Any) -> Served:
+        import tilewright
+
+        explanation = tilewright.explain(operation, *args, **kwargs)
+        return Served(operation, explanation.chosen or "nothing", explanation.reason)
+
+    return explain
+
+
+def _scaled_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, dtype: torch.dtype) -> torch.Tensor:
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    norm = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return (norm.to(dtype) * weight).to(dtype)
+
+
+def _plain_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    return _scaled_norm(x, weight, eps, x.dtype)
+
+
+def _plain_add_norm(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    residual = residual + x  # the stream is never narrower than what is added to it
+    return _scaled_norm(residual, weight, eps, x.dtype), residual
+
+
+def _tilewright_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    import tilewright
+
+    return tilewright.rms_norm(x, weight, eps)
+
+
+def _tilewright_add_norm(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    import tilewright
+
+    return tilewright.add_rms_norm(x, residual, weight, eps)
+
+
 def _rotate_halves(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     # Rounded once, at the end; float64 stays float64.
     first, second = x.to(torch.promote_types(x.dtype, cos.dtype)).chunk(2, dim=-1)
@@ -114,12 +191,6 @@ def _plain_rope(
     return _rotate_halves(q, cos, sin), _rotate_halves(k, cos, sin)
 
 
-def _explain_plain_rope(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, start: int) -> Served:
-    return Served(
-        "rope_qk", "plain PyTorch", "what tilewright is compared with: PyTorch operators, one after the other"
-    )
-
-
 def _tilewright_rope(
     q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, start: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -131,7 +202,4 @@ def _tilewright_rope(
 def _explain_tilewright_rope(
     q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, start: int
 ) -> Served:
-    import tilewright
-
-    explanation = tilewright.explain("rope_qk", q, k, cos, sin, layout="bshd", offsets=start)
-    return Served("rope_qk", explanation.chosen or "nothing", explanation.reason)
+    return _explain_tilewright("rope_qk")(q, k, cos, sin, layout="bshd", offsets=start)

@@ -64,6 +64,7 @@ def render(result: DemoResult) -> str:
         _curves(result),
         _cost(result),
         _served(result),
+        _fp8(result),
         _samples(result),
         _settings(result),
     )
@@ -120,6 +121,19 @@ def _served(result: DemoResult) -> str:
     ]
     table = _table("Who computed what, and why", ("operation", "parts", "served by", "why"), rows)
     return f"<section>\n<h2>Implementations</h2>\n{table}\n</section>"
+
+
+def _fp8(result: DemoResult) -> str:
+    lines = "\n".join(f"<li>{escape(line)}</li>" for line in result.fp8_lines)
+    return f"""<section>
+<h2>FP8</h2>
+<p>The decoder trained with {escape(result.tilewright.name)}, evaluated as an inference engine would run it: in every
+linear layer of the blocks weight and input are FP8, and 128 neighbours along the input dimension share a scale. It was
+not trained for that.</p>
+<ul>
+{lines}
+</ul>
+</section>"""
 
 
 def _samples(result: DemoResult) -> str:

@@ -53,6 +53,19 @@ class Measured:
 
 
 @dataclass(frozen=True)
+class Fp8Loss:
+    """The trained decoder again, the linear layers of its blocks computed from FP8.
+
+    Attributes:
+        scale_format: of the scales, such as ``"ue8m0"``.
+        validation_loss: nats per byte over the text of :attr:`Measured.validation_loss`.
+    """
+
+    scale_format: str
+    validation_loss: float
+
+
+@dataclass(frozen=True)
 class DemoResult:
     """Everything that the demo found out.
 
@@ -63,6 +76,7 @@ class DemoResult:
         plain: the training with plain PyTorch parts.
         tilewright: the training with tilewright's parts.
         truth: the training with plain PyTorch parts in float64, which both are held against.
+        fp8: what the decoder trained with tilewright's parts loses when it is evaluated from FP8.
         config: the decoder's sizes.
         n_parameters: how many weights the decoder has.
         tokens_per_step: bytes predicted in a step.
@@ -80,6 +94,7 @@ class DemoResult:
     plain: Measured
     tilewright: Measured
     truth: Measured
+    fp8: tuple[Fp8Loss, ...]
     config: DecoderConfig
     n_parameters: int
     tokens_per_step: int
@@ -107,6 +122,16 @@ class DemoResult:
         if self.agrees:
             return f"The loss curves agree within the numerics policy, over {steps}."
         return f"The loss curves DISAGREE: the numerics policy, held against {steps}, is broken."
+
+    @property
+    def fp8_lines(self) -> tuple[str, ...]:
+        """What FP8 costs, a line for each scale format."""
+        before = self.tilewright.validation_loss
+        return tuple(
+            f"FP8 linear layers, {fp8.scale_format} scales: validation loss {before:.4f} -> {fp8.validation_loss:.4f} "
+            f"({100 * (fp8.validation_loss / before - 1):+.2f} %)"
+            for fp8 in self.fp8
+        )
 
     def to_json(self) -> dict[str, Any]:
         """The result in JSON's types; a number that is not finite becomes None."""

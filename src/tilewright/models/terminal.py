@@ -59,6 +59,8 @@ def show(result: DemoResult, console: Console) -> None:
     console.print(_samples(result))
     console.print(Text(result.verdict, style="bold green" if result.agrees else "bold red"))
     console.print(Text(f"Against the truth, the same training in float64: tilewright {result.agreement}."))
+    for line in result.fp8_lines:
+        console.print(Text(line))
     written = f" Report: {result.report}" if result.report else ""
     console.print(Text(f"{result.seconds:.0f} s on {result.environment['device']}.{written}"), soft_wrap=True)
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+import math
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    import torch
+    from collections.abc import Callable, Iterable, Sequence
 
 
 class Rows(NamedTuple):
@@ -23,10 +24,15 @@ class Rows(NamedTuple):
     inner: int
     strides: tuple[tuple[int, int], ...]
 
-    @property
-    def count(self) -> int:
-        """How many rows there are."""
-        return self.outer * self.inner
+    def strides_of(self, tensors: Iterable[torch.Tensor | None]) -> tuple[tuple[int, int], ...]:
+        """The strides of the same tensors in the same order, zeros for each None in between."""
+        found = iter(self.strides)
+        return tuple((0, 0) if t is None else next(found) for t in tensors)
+
+
+def alignment(strides: tuple[int, int]) -> int:
+    """What the beginnings of all rows are multiples of, in elements: a power of two up to 16."""
+    return math.gcd(*strides, 16)
 
 
 def rows(tensors: Sequence[torch.Tensor], *, any_order: bool = False) -> Rows | None:
@@ -59,3 +65,42 @@ def rows(tensors: Sequence[torch.Tensor], *, any_order: bool = False) -> Rows | 
         return Rows(outer, 1, tuple((stride, 0) for stride in strides))
     (outer, outer_strides), (inner, inner_strides) = merged
     return Rows(outer, inner, tuple(zip(outer_strides, inner_strides, strict=True)))
+
+
+def contiguous_twin(
+    plan: Callable[..., Any], call: Any, inputs: Any, outputs: Any, written: Sequence[int] | None = None
+) -> Callable[..., None]:
+    """Plan a call on contiguous copies of tensors whose rows a kernel cannot walk.
+
+    Args:
+        plan: the planner, a function of ``(call, inputs, outputs)``.
+        call: what it plans.
+        inputs: a named tuple of tensors, None where there is none.
+        outputs: likewise.
+        written: places of the outputs that are written by ``copy_``, as the kernel cannot walk them either; by default
+            all.
+    """
+    n_inputs = len(inputs)
+
+    def dense(tensors: Any) -> list[torch.Tensor | None]:
+        return [t if t is None else t.contiguous() for t in tensors]
+
+    def fresh(tensors: Any) -> list[torch.Tensor | None]:
+        return [
+            t
+            if t is None or (written is not None and place not in written)
+            else torch.empty(t.shape, dtype=t.dtype, device=t.device)
+            for place, t in enumerate(tensors)
+        ]
+
+    run = plan(call, type(inputs)(*dense(inputs)), fresh(outputs))
+
+    def copied(tensors: Sequence[torch.Tensor | None]) -> None:
+        outputs = tensors[n_inputs:]
+        results = fresh(outputs)
+        run((*dense(tensors[:n_inputs]), *results))
+        for output, result in zip(outputs, results, strict=True):
+            if output is not None and result is not None and output is not result:
+                output.copy_(result)
+
+    return copied

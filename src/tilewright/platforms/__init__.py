@@ -30,6 +30,8 @@ class DeviceFacts:
         triton: how Triton kernels run there: ``"compiled"``, ``"interpreted"``, or ``""`` for not at all.
         triton_note: more on that for people, where there is more to say.
         fp8: the E4M3 format of its matrix units: ``"e4m3fn"``, or ``"e4m3fnuz"`` where there is no negative zero.
+        fp8_saturates: whether Triton's conversion to FP8 turns what is too large into the largest number.
+        limits_registers: whether a kernel's registers can be limited (Triton's option ``maxnreg``).
     """
 
     kind: str
@@ -39,6 +41,8 @@ class DeviceFacts:
     triton: str = ""
     triton_note: str = ""
     fp8: str = "e4m3fn"
+    fp8_saturates: bool = False
+    limits_registers: bool = False
 
     def __str__(self) -> str:
         return " ".join(part for part in (self.kind, self.arch, f"({self.name})" if self.name else "") if part)

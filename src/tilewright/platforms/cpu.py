@@ -22,7 +22,7 @@ def owns(device_type: str) -> bool:
 def facts(index: int | None) -> DeviceFacts:
     """The facts of the host; ``index`` means nothing here."""
     triton, note = _triton()
-    return DeviceFacts(KIND, platform.machine(), "", os.cpu_count() or 1, triton, note)
+    return DeviceFacts(KIND, platform.machine(), "", os.cpu_count() or 1, triton, note, fp8_saturates=True)
 
 
 def _triton() -> tuple[str, str]:

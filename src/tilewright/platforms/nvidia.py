@@ -20,4 +20,12 @@ def facts(index: int | None) -> DeviceFacts:
     properties = torch.cuda.get_device_properties(index)
     arch = f"sm_{properties.major}{properties.minor}"
     triton = "interpreted" if settings.triton_interpret() else "compiled"
-    return DeviceFacts(KIND, arch, properties.name, properties.multi_processor_count, triton=triton)
+    return DeviceFacts(
+        KIND,
+        arch,
+        properties.name,
+        properties.multi_processor_count,
+        triton=triton,
+        fp8_saturates=True,
+        limits_registers=True,
+    )

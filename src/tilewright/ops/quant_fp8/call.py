@@ -122,9 +122,10 @@ def describe(inputs: Inputs, options: Options, operation: str) -> QuantCall:
         if n_cols % 2:
             raise ArgumentError(operation, "x", f"got shape {tuple(x.shape)}; expected [..., 2 N], gate then up")
         n_cols //= 2
-    if not isinstance(options.emit, bool):
+    emit: Any = options.emit
+    if not isinstance(emit, bool):
         emits = {"norm": "return_norm", "silu_mul": "return_activation"}[source]
-        raise DTypeError(operation, emits, f"got {options.emit!r}; expected True or False")
+        raise DTypeError(operation, emits, f"got {emit!r}; expected True or False")
     static = inputs.scale is not None
     if inputs.scale is not None:
         _check_scale(inputs.scale, x, options.formats, operation)

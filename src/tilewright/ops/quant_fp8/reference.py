@@ -13,6 +13,7 @@ import torch.nn.functional as F
 
 from tilewright.ops.quant_fp8.call import scale_strides
 from tilewright.ops.rms_norm import reference as norm
+from tilewright.ops.rms_norm.call import Inputs as NormInputs
 
 if TYPE_CHECKING:
     from tilewright.ops.quant_fp8.call import Inputs, QuantCall
@@ -52,20 +53,13 @@ def source(call: QuantCall, inputs: Inputs, *, rounded: bool = True) -> tuple[to
             the other.
     """
     if call.norm is not None:
-        z, stored = norm.summed(call.norm, norm_inputs(inputs))
+        z, stored = norm.summed(call.norm, NormInputs(inputs.x, inputs.residual, inputs.weight))
         return norm.normalised(call.norm, z, inputs.weight, rounded=rounded), stored
     if call.source == "plain":
         return inputs.x.float(), None
     gate, up = inputs.x.float().chunk(2, dim=-1)
     activated = gate / (1.0 + torch.exp(-gate))
     return (activated.to(call.dtype).float() if rounded else activated) * up, None
-
-
-def norm_inputs(inputs: Inputs) -> norm.Inputs:
-    """The tensors of the RMSNorm within a call."""
-    from tilewright.ops.rms_norm.call import Inputs as NormInputs
-
-    return NormInputs(inputs.x, inputs.residual, inputs.weight)
 
 
 def scales(f: QuantFormat, x: torch.Tensor) -> torch.Tensor:
@@ -88,7 +82,8 @@ def grouped(f: QuantFormat, x: torch.Tensor) -> torch.Tensor:
     """``[..., N]`` as ``[..., groups, group_size]``, the last group filled up with zeros."""
     if f.group_size is None:
         return x.unsqueeze(-2)
-    return F.pad(x, (0, -x.shape[-1] % f.group_size)).unflatten(-1, (-1, f.group_size))
+    padded = F.pad(x, (0, -x.shape[-1] % f.group_size))
+    return padded.reshape(*x.shape[:-1], padded.shape[-1] // f.group_size, f.group_size)
 
 
 def spread(f: QuantFormat, scale: torch.Tensor, n_cols: int) -> torch.Tensor:
@@ -123,7 +118,8 @@ def exponents(scale: torch.Tensor) -> torch.Tensor:
 def unpacked(scale: torch.Tensor, groups: int) -> torch.Tensor:
     """Scales of any format as float32 ``[..., groups]``."""
     if scale.dtype == torch.int32:
-        scale = scale.contiguous().view(torch.uint8)[..., :groups].contiguous().view(torch.float8_e8m0fnu)
+        dense = scale.clone(memory_format=torch.contiguous_format)  # `contiguous` leaves the stride of a single column
+        scale = dense.view(torch.uint8)[..., :groups].contiguous().view(torch.float8_e8m0fnu)
     return scale.float()
 
 

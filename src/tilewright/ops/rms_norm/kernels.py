@@ -10,24 +10,54 @@ Multiply-add contraction is off, so that every rounding is where the reference h
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+import torch
 import triton
 import triton.language as tl
 
+from tilewright.dispatch.launch import BoundKernel
+from tilewright.errors import ArgumentError
+from tilewright.ops.rms_norm.call import Planner
+from tilewright.ops.rms_norm.launch import row_block
+from tilewright.ops.rows import alignment, contiguous_twin, rows
+from tilewright.platforms import facts
+
+if TYPE_CHECKING:
+    from tilewright.ops.rms_norm.call import GradInputs, Inputs, RmsNormCall, Runner, Tensors
+
+# A Triton that lacks one of these fails here, at import, where dispatch takes note, and not at a launch.
+_NEEDED = (tl.static_range, tl.fma, tl.div_rn, tl.rsqrt)
+COMPUTE = {torch.float32: tl.float32, torch.float64: tl.float64}
+MAX_PROGRAMS = 2**31 - 1
+
 
 @triton.jit
-def row_offsets(row, n_inner, stride_outer, stride_inner, TWO_LEVELS: tl.constexpr):
-    """Where rows begin, int64 [BLOCK_M]."""
-    if TWO_LEVELS:  # noqa: SIM108 - the choice is made when compiling
+def row_offset(row, n_inner, stride_outer, stride_inner, TWO_LEVELS: tl.constexpr, ALIGN: tl.constexpr = 1):
+    """Where rows begin, int64 [BLOCK_M], all of them multiples of ALIGN.
+
+    Triton sees by itself only that a stride is a multiple of 16. It lays tiles out by what it knows of every pointer,
+    and kernels whose sums are to be the same need the same layout.
+    """
+    if TWO_LEVELS:  # noqa: SIM108 - settled when compiling
         offset = row // n_inner * stride_outer + row % n_inner * stride_inner
     else:
         offset = row * stride_outer
+    if ALIGN > 1:
+        offset = tl.multiple_of(offset, ALIGN)
     return offset
 
 
 @triton.jit
-def chunk_mask(row_mask, column, N_COLS: tl.constexpr, CHUNK: tl.constexpr, LAST: tl.constexpr):
-    """Which elements of a chunk exist, [BLOCK_M, CHUNK] or, where that is enough, [BLOCK_M, 1]."""
-    if LAST and N_COLS % CHUNK != 0:  # noqa: SIM108 - the choice is made when compiling
+def tile(row_offset, column):
+    """Offsets of a tile, [BLOCK_M, CHUNK]."""
+    return row_offset[:, None] + column[None, :]
+
+
+@triton.jit
+def tile_mask(row_mask, column, N_COLS: tl.constexpr, CHUNK: tl.constexpr):
+    """Which elements of a chunk exist, [BLOCK_M, CHUNK] or, where that says all, [BLOCK_M, 1]."""
+    if N_COLS % CHUNK != 0:  # noqa: SIM108 - settled when compiling
         mask = row_mask[:, None] & (column < N_COLS)[None, :]
     else:
         mask = row_mask[:, None]
@@ -40,34 +70,197 @@ def load_summed(
     STORE: tl.constexpr, ROUND_RESIDUAL: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
     """One chunk of what the norm is taken of, [BLOCK_M, CHUNK], in the narrowest dtype that holds it."""
-    z = tl.load(x_ptr + x_row[:, None] + column[None, :], mask, 0.0)
+    z = tl.load(x_ptr + tile(x_row, column), mask, 0.0)
     if residual_ptr is not None:
-        z = z.to(COMPUTE) + tl.load(residual_ptr + residual_row[:, None] + column[None, :], mask, 0.0).to(COMPUTE)
+        z = z.to(COMPUTE) + tl.load(residual_ptr + tile(residual_row, column), mask, 0.0).to(COMPUTE)
         stored = z.to(residual_ptr.dtype.element_ty)
         if STORE:
-            tl.store(residual_out_ptr + residual_out_row[:, None] + column[None, :], stored, mask)
+            tl.store(residual_out_ptr + tile(residual_out_row, column), stored, mask)
         if ROUND_RESIDUAL:
             z = stored
     return z
 
 
 @triton.jit
-def normalised(
-    z, rstd, weight_ptr, column, mask_columns,
-    WEIGHT_OFFSET: tl.constexpr, ROUND_NORM: tl.constexpr, DTYPE: tl.constexpr, COMPUTE: tl.constexpr,
+def add_squares(squares, z, COMPUTE: tl.constexpr):
+    """Squares of a chunk added to those of the chunks before it; of 16-bit numbers they are exact."""
+    z = z.to(COMPUTE)
+    return tl.fma(z, z, squares)
+
+
+@triton.jit
+def inverse_rms(squares, N_COLS: tl.constexpr, EPS: tl.constexpr, COMPUTE: tl.constexpr):
+    """1 / sqrt(mean + EPS) of each row, [BLOCK_M], from squares [BLOCK_M, CHUNK]."""
+    total = tl.sum(squares, axis=1)
+    n = tl.full(total.shape, N_COLS, COMPUTE)
+    if tl.float32 == COMPUTE:  # noqa: SIM108 - settled when compiling
+        mean = tl.div_rn(total, n)
+    else:
+        mean = total / n
+    return tl.rsqrt(mean + EPS)
+
+
+@triton.jit
+def read_rows(
+    x_ptr, residual_ptr, residual_out_ptr, x_row, residual_row, residual_out_row, row_mask,
+    N_COLS: tl.constexpr, EPS: tl.constexpr, ROUND_RESIDUAL: tl.constexpr, COMPUTE: tl.constexpr,
+    BLOCK_M: tl.constexpr, CHUNK: tl.constexpr, RESIDENT: tl.constexpr,
 ):  # fmt: skip
-    """The norm of a chunk times the weight, [BLOCK_M, CHUNK], not rounded at the end."""
+    """The chunks of the rows, if RESIDENT, and 1 / rms of each, [BLOCK_M]; stores the sums, if there are any."""
+    squares = tl.zeros((BLOCK_M, CHUNK), COMPUTE)
+    kept = ()
+    if RESIDENT:
+        for c in tl.static_range((N_COLS + CHUNK - 1) // CHUNK):
+            column = c * CHUNK + tl.arange(0, CHUNK)
+            z = load_summed(
+                x_ptr, residual_ptr, residual_out_ptr, x_row, residual_row, residual_out_row, column,
+                tile_mask(row_mask, column, N_COLS, CHUNK), True, ROUND_RESIDUAL, COMPUTE,
+            )  # fmt: skip
+            kept = kept + (z,)  # noqa: RUF005 - Triton unpacks no tuple in a tuple
+        for c in tl.static_range((N_COLS + CHUNK - 1) // CHUNK):
+            squares = add_squares(squares, kept[c], COMPUTE)
+    else:
+        for c in range((N_COLS + CHUNK - 1) // CHUNK):
+            column = c * CHUNK + tl.arange(0, CHUNK)
+            z = load_summed(
+                x_ptr, residual_ptr, residual_out_ptr, x_row, residual_row, residual_out_row, column,
+                tile_mask(row_mask, column, N_COLS, CHUNK), True, ROUND_RESIDUAL, COMPUTE,
+            )  # fmt: skip
+            squares = add_squares(squares, z, COMPUTE)
+    return kept, inverse_rms(squares, N_COLS, EPS, COMPUTE)
+
+
+@triton.jit
+def load_weight(weight_ptr, column, N_COLS: tl.constexpr):
+    """One chunk of the weight, [CHUNK]; every row reads it, so it is to stay in the cache."""
+    return tl.load(weight_ptr + column, column < N_COLS, 0.0, eviction_policy="evict_last")
+
+
+@triton.jit
+def load_weights(weight_ptr, N_COLS: tl.constexpr, CHUNK: tl.constexpr, PRELOAD: tl.constexpr):
+    """All chunks of the weight, if PRELOAD: its loads are then under way together with those of the rows."""
+    weights = ()
+    if PRELOAD:
+        for c in tl.static_range((N_COLS + CHUNK - 1) // CHUNK):
+            weights = weights + (load_weight(weight_ptr, c * CHUNK + tl.arange(0, CHUNK), N_COLS),)  # noqa: RUF005
+    return weights
+
+
+@triton.jit
+def normalised(
+    z, rstd, weight, WEIGHT_OFFSET: tl.constexpr, ROUND_NORM: tl.constexpr, DTYPE: tl.constexpr, COMPUTE: tl.constexpr
+):  # fmt: skip
+    """The norm of a chunk times the weight [CHUNK], if there is one, [BLOCK_M, CHUNK], not rounded at the end."""
     y = z.to(COMPUTE) * rstd[:, None]
-    if weight_ptr is not None:
+    if weight is not None:
         if ROUND_NORM:
             y = y.to(DTYPE).to(COMPUTE)
-        weight = tl.load(weight_ptr + column, mask_columns, 0.0, eviction_policy="evict_last").to(COMPUTE)
-        y = y * (weight + WEIGHT_OFFSET)[None, :]
+        weight = weight.to(COMPUTE)
+        if WEIGHT_OFFSET != 0:
+            weight += WEIGHT_OFFSET
+        y = y * weight[None, :]
     return y
 
 
 @triton.jit
-def inverse_rms(squares, N_COLS: tl.constexpr, EPS: tl.constexpr):
-    """1 / sqrt(mean + EPS) from sums of squares [BLOCK_M, CHUNK]."""
-    total = tl.sum(squares, axis=1)
-    return tl.rsqrt(tl.div_rn(total, tl.full(total.shape, N_COLS, total.dtype)) + EPS)
+def rms_norm_kernel(
+    x_ptr, residual_ptr, weight_ptr, y_ptr, residual_out_ptr,
+    stride_x_outer, stride_x_inner, stride_residual_outer, stride_residual_inner,
+    stride_y_outer, stride_y_inner, stride_residual_out_outer, stride_residual_out_inner,
+    n_rows, n_inner,
+    N_COLS: tl.constexpr, EPS: tl.constexpr, WEIGHT_OFFSET: tl.constexpr, ROUND_NORM: tl.constexpr,
+    ROUND_RESIDUAL: tl.constexpr, COMPUTE: tl.constexpr, TWO_LEVELS: tl.constexpr, ALIGN: tl.constexpr,
+    PRELOAD: tl.constexpr, BLOCK_M: tl.constexpr, CHUNK: tl.constexpr, RESIDENT: tl.constexpr,
+):  # fmt: skip
+    """Normalise BLOCK_M rows."""
+    row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    row_mask = row < n_rows
+    x_row = row_offset(row, n_inner, stride_x_outer, stride_x_inner, TWO_LEVELS, ALIGN[0])
+    residual_row = row_offset(row, n_inner, stride_residual_outer, stride_residual_inner, TWO_LEVELS, ALIGN[1])
+    residual_out_row = row_offset(
+        row, n_inner, stride_residual_out_outer, stride_residual_out_inner, TWO_LEVELS, ALIGN[3]
+    )
+    y_row = row_offset(row, n_inner, stride_y_outer, stride_y_inner, TWO_LEVELS, ALIGN[2])
+    DTYPE: tl.constexpr = x_ptr.dtype.element_ty
+    weights = load_weights(weight_ptr, N_COLS, CHUNK, PRELOAD)
+    kept, rstd = read_rows(
+        x_ptr, residual_ptr, residual_out_ptr, x_row, residual_row, residual_out_row, row_mask,
+        N_COLS, EPS, ROUND_RESIDUAL, COMPUTE, BLOCK_M, CHUNK, RESIDENT,
+    )  # fmt: skip
+    if RESIDENT:
+        for c in tl.static_range((N_COLS + CHUNK - 1) // CHUNK):
+            column = c * CHUNK + tl.arange(0, CHUNK)
+            weight = weight_ptr
+            if PRELOAD:
+                weight = weights[c]
+            elif weight_ptr is not None:
+                weight = load_weight(weight_ptr, column, N_COLS)
+            y = normalised(kept[c], rstd, weight, WEIGHT_OFFSET, ROUND_NORM, DTYPE, COMPUTE)
+            tl.store(y_ptr + tile(y_row, column), y.to(DTYPE), tile_mask(row_mask, column, N_COLS, CHUNK))
+    else:
+        for c in range((N_COLS + CHUNK - 1) // CHUNK):
+            column = c * CHUNK + tl.arange(0, CHUNK)
+            mask = tile_mask(row_mask, column, N_COLS, CHUNK)
+            z = load_summed(
+                x_ptr, residual_ptr, residual_out_ptr, x_row, residual_row, residual_out_row, column, mask,
+                False, ROUND_RESIDUAL, COMPUTE,
+            )  # fmt: skip
+            weight = weight_ptr
+            if weight_ptr is not None:
+                weight = load_weight(weight_ptr, column, N_COLS)
+            y = normalised(z, rstd, weight, WEIGHT_OFFSET, ROUND_NORM, DTYPE, COMPUTE)
+            tl.store(y_ptr + tile(y_row, column), y.to(DTYPE), mask)
+
+
+def plan(call: RmsNormCall, inputs: Inputs, outputs: Tensors) -> Runner:
+    """Prepare the launch for tensors of this metadata; the tensors themselves are not kept."""
+    if call.n_rows == 0:
+        return lambda tensors: None
+    (x, residual, weight), (y, stored) = inputs, outputs
+    seen = rows([t for t in (x, residual, y, stored) if t is not None], any_order=True)
+    if seen is None or (weight is not None and weight.stride(0) != 1 and call.n_cols > 1):
+        return contiguous_twin(plan, call, inputs, outputs)
+    device = facts(x.device)
+    block = row_block(call.n_cols, x.element_size(), device, "plain" if residual is None else "residual")
+    programs = program_count(call.n_rows, block.rows, "rms_norm")
+    preloads = weight is not None and block.preloads(programs, device, light=True)
+    strides = seen.strides_of((x, residual, y, stored))
+    tail = (
+        *(stride for pair in strides for stride in pair),
+        call.n_rows,
+        seen.inner,
+        call.n_cols,
+        float(call.options.eps),
+        float(call.options.weight_offset),
+        call.options.cast == "before_weight",
+        call.options.residual_rounding == "rounded",
+        COMPUTE[call.compute_dtype],
+        seen.inner > 1,
+        tuple(map(alignment, strides)),
+        preloads,
+        block.rows,
+        block.chunk,
+        block.resident,
+    )
+    return BoundKernel(rms_norm_kernel, programs, x.device, tail, block.options(device, preloads=preloads))
+
+
+def program_count(n_rows: int, rows_per_program: int, operation: str) -> int:
+    """How many programs there are.
+
+    Raises:
+        ArgumentError: more than one launch has.
+    """
+    programs = -(-n_rows // rows_per_program)
+    if programs > MAX_PROGRAMS:
+        raise ArgumentError(operation, "x", f"needs {programs} programs; one launch has at most {MAX_PROGRAMS}")
+    return programs
+
+
+def _plan_backward(call: RmsNormCall, inputs: GradInputs, outputs: Tensors) -> Runner:
+    from tilewright.ops.rms_norm.kernels_backward import plan as plan_backward  # at its first use
+
+    return plan_backward(call, inputs, outputs)
+
+
+PLANNER = Planner(plan, _plan_backward)
