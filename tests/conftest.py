@@ -4,7 +4,9 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
-pytest.register_assert_rewrite("bench_helpers", "rope_helpers")  # as pytest does for test files
+pytest.register_assert_rewrite(  # as pytest does for test files
+    "bench_helpers", "models_helpers", "quant_fp8_helpers", "rms_norm_helpers", "rope_helpers"
+)
 
 
 @pytest.fixture

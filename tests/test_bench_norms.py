@@ -13,6 +13,7 @@ from bench_helpers import CACHE, EFFORT
 from tilewright.bench import norm_peers, quant_fp8, records, report, rms_norm, runner, timing
 from tilewright.bench.gate import Gate, spoil
 from tilewright.bench.providers import Prepared, evaluate, suite
+from tilewright.errors import ArgumentError
 from tilewright.numerics import compare
 from tilewright.ops.quant_fp8.cases import ADD, NORM, QUANT, SILU
 from tilewright.ops.quant_fp8.format import DTYPES, QuantFormat
@@ -388,11 +389,16 @@ def test_runs_and_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         assert not result.wrong
         assert workload in report.to_markdown(result.path)
         status = {(r["provider"], r["direction"]): r["status"] for r in records.results(result.records)}
-        backward = "ok" if family == "rms_norm" else "unsupported"
-        assert status == {
-            (p, d): "ok" if d == "forward" else backward for p in ("eager", "copy") for d in runner.DIRECTIONS
-        }
+        directions = runner.DIRECTIONS if family == "rms_norm" else ("forward",)  # codes have no backward to measure
+        assert status == {(provider, d): "ok" for provider in ("eager", "copy") for d in directions}
     (host,) = records.hosts(result.records)
     assert host["host_us"] > 0
     assert "host_grad_us" not in host  # there is no call with gradients
     assert host["reason"] == suite("quant_fp8").no_gradients
+
+
+def test_backward_alone_is_refused_without_gradients(tmp_path: Path) -> None:
+    with pytest.raises(ArgumentError, match="quant_fp8 has no backward: FP8 codes have no gradients") as caught:
+        runner.run("quant_fp8", device="cpu", directions=["backward"], output=tmp_path, quiet=True)
+    assert caught.value.argument == "directions"
+    assert not list(tmp_path.iterdir())

@@ -9,12 +9,16 @@ from __future__ import annotations
 import argparse
 import re
 import sys
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
+
+import preset_table
 
 from tilewright.bench import records, report
 from tilewright.ops import families, operation
+from tilewright.ops.contract import Direction
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -22,23 +26,70 @@ if TYPE_CHECKING:
     from tilewright.ops.contract import Family
 
 ROOT = Path(__file__).resolve().parent.parent
-H200 = ROOT / "benchmarks" / "results" / "rope-nvidia-h200-bfloat16.jsonl"
 PAGES = (
     "README.md",
     "benchmarks/results/README.md",
     *(f"src/tilewright/ops/{member.name}/README.md" for member in families()),
 )
-CPU = ROOT / "benchmarks" / "results" / "cpu-amd-epyc.jsonl"
+RESULTS = ROOT / "benchmarks" / "results"
+CPU = RESULTS / "cpu-amd-epyc.jsonl"
 MARK = re.compile(r"(<!-- table: (?P<name>[^>]+?) -->\n).*?(<!-- end -->)", re.DOTALL)
-SHOWN = (
-    "b4 s2048 h32 d128",
-    "b1 s32768 h32 d128",
-    "b2 s8192 h64 d128",
-    "b8 s8192 h16 d64",
-    "b1 s32768 h32+8 d128",
-    "b4 s2048 h32 d128 interleaved",
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What the table of a family's record on the H200 shows.
+
+    Attributes:
+        family: its name.
+        workloads: the rows.
+        providers: the columns; those that the record has no time of are left out.
+    """
+
+    family: str
+    workloads: tuple[str, ...]
+    providers: tuple[str, ...]
+
+    @property
+    def path(self) -> Path:
+        """The record."""
+        return RESULTS / f"{self.family}-nvidia-h200-bfloat16.jsonl"
+
+
+H200 = (
+    Shown(
+        "rope",
+        (
+            "b4 s2048 h32 d128",
+            "b1 s32768 h32 d128",
+            "b2 s8192 h64 d128",
+            "b8 s8192 h16 d64",
+            "b1 s32768 h32+8 d128",
+            "b4 s2048 h32 d128 interleaved",
+        ),
+        ("triton", "compile", "flash_attn", "liger", "triton_hf", "compile_hf", "copy"),
+    ),
+    Shown(
+        "rms_norm",
+        ("m8192 n7168", "m8192 n8192", "m4096 n32768", "m524288 n128", "m8192 n7168 residual"),
+        ("triton", "compile", "torch", "liger", "flash_attn", "flashinfer", "copy"),
+    ),
+    Shown(
+        "quant_fp8",
+        (
+            "norm m64 n7168 1x128",
+            "norm m8192 n7168 1x128",
+            "norm m32768 n7168 1x128",
+            "norm m8192 n1536 1x128",
+            "norm m16384 n16384 1x128",
+            "add m8192 n7168 1x128",
+            "norm m8192 n7168 1x128 + 1x32 ue8m0 + norm",
+            "quant m32768 n7168 1x128",
+            "silu m8192 n4096 1x128",
+        ),
+        ("triton", "two_kernels", "compile", "eager", "flashinfer", "torchao", "copy"),
+    ),
 )
-PROVIDERS = ("triton", "compile", "flash_attn", "liger", "triton_hf", "compile_hf", "copy")
 
 
 def markdown(heads: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
@@ -84,30 +135,50 @@ def support(member: Family) -> str:
     return markdown(("", ""), rows)
 
 
-def shares(path: Path) -> str:
-    """Forward / backward of the main shapes: our times, and shares of the copy's bandwidth."""
-    written = records.read(path)
+def shares(shown: Shown) -> str:
+    """Our times and shares of the copy's bandwidth of the main shapes, forward / backward if both were measured."""
+    written = records.read(shown.path)
     found = {
         (record["workload"], record["provider"], record["direction"]): record
         for record in records.results(written)
-        if record["status"] == "ok"
+        if record["status"] == "ok" and record["workload"] in shown.workloads
     }
+    measured = {provider for _, provider, _ in found}
+    providers = [provider for provider in shown.providers if provider in measured]
+    directions = [each for each in get_args(Direction) if any(direction == each for _, _, direction in found)]
 
     def cell(workload: str, provider: str, value: Callable[[Any], str]) -> str:
-        both = [found.get((workload, provider, direction)) for direction in ("forward", "backward")]
-        return " / ".join("-" if each is None else value(each) for each in both)
+        each = [found.get((workload, provider, direction)) for direction in directions]
+        return " / ".join("-" if record is None else value(record) for record in each)
 
     rows = [
         (
             workload,
             cell(workload, "triton", lambda record: f"{record['single']['share']:.2f}"),
             cell(workload, "triton", lambda record: f"{record['stream']['median_us']:.1f}"),
-            *(cell(workload, provider, lambda record: f"{record['stream']['share']:.2f}") for provider in PROVIDERS),
+            *(cell(workload, provider, lambda record: f"{record['stream']['share']:.2f}") for provider in providers),
         )
-        for workload in SHOWN
+        for workload in shown.workloads
     ]
-    heads = ("shape", "`triton` alone", "`triton`, us", *(f"`{provider}`" for provider in PROVIDERS))
-    return "\n".join(report.header(written[0])) + "\n\n" + markdown(heads, rows)
+    heads = ("shape", "`triton` alone", "`triton`, us", *(f"`{provider}`" for provider in providers))
+    return "\n".join([*report.header(written[0]), *provisos(written)]) + "\n\n" + markdown(heads, rows)
+
+
+def everything(shown: Shown) -> str:
+    """The whole record."""
+    said = provisos(records.read(shown.path))
+    return "".join(f"{sentence}\n\n" for sentence in said) + report.to_markdown(shown.path)
+
+
+def provisos(written: list[dict[str, Any]]) -> list[str]:
+    """In what a record is less than one full run."""
+    runs = [record for record in written if record["record"] == "run"]
+    said = (
+        [f"Put together from {len(runs)} runs; environment and copy are those of the first."] if len(runs) > 1 else []
+    )
+    if any(run["quick"] for run in runs):
+        said.append("Quick: few samples of each time.")
+    return said
 
 
 def cpu_target(path: Path) -> str:
@@ -156,10 +227,11 @@ def tables() -> dict[str, Callable[[], str]]:
     """Every table by its name."""
     made: dict[str, Callable[[], str]] = {
         "operations": operations,
-        "rope on H200": partial(shares, H200),
-        "rope on H200, everything": partial(report.to_markdown, H200),
         "cpu target": partial(cpu_target, CPU),
+        "presets of quant_fp8": preset_table.presets,
     }
+    made |= {f"{shown.family} on H200": partial(shares, shown) for shown in H200}
+    made |= {f"{shown.family} on H200, everything": partial(everything, shown) for shown in H200}
     return made | {f"support of {member.name}": partial(support, member) for member in families()}
 
 

@@ -108,11 +108,14 @@ def _list(arguments: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("family", "operations", "dtypes", "layouts", f"on {device}")
+    table = Table()
+    table.add_column("family", overflow="fold")
+    for head in ("operations", f"on {device}", "dtypes", "layouts"):
+        table.add_column(head, no_wrap=True)  # the summary alone gives way: names are whole, each beside what serves it
     for family in families():
         mine = [row for row in rows if row["family"] == family.name]
-        served = [f"{row['operation']}: {row['here']}" for row in mine]
-        cells = ([row["operation"] for row in mine], mine[0]["dtypes"], mine[0]["layouts"], served)
+        names, served = ([row[key] for row in mine] for key in ("operation", "here"))
+        cells = (names, served, mine[0]["dtypes"], mine[0]["layouts"])
         table.add_row(f"{family.name}\n{family.summary}", *("\n".join(cell) for cell in cells))
     Console().print(table)
     return 0

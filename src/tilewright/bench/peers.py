@@ -7,19 +7,17 @@ Each is called the way its own users call it, on the memory layout that it likes
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import lru_cache
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from tilewright.bench.environment import explain_failure
-from tilewright.bench.providers import Formulation, FunctionProvider, evaluate
+from tilewright.bench.providers import Formulation, FunctionProvider, by_reference, peer_missing
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from tilewright.bench.providers import Task, Tensors
+    from tilewright.bench.providers import Task
 
 LIGER = "liger_kernel.ops.rope"
 FLASH_ATTENTION = "flash_attn.layers.rotary"
@@ -43,7 +41,7 @@ def rope_providers(
             translate=_liger_task,
             results=lambda tensors: tuple(tensor.transpose(1, 2) for tensor in tensors[:2]),
             formulation=lambda task: hugging_face,
-            missing=_missing(LIGER, "LigerRopeFunction"),
+            missing=peer_missing(LIGER, "LigerRopeFunction"),
             refuses=lambda task: only_bshd(task) or _liger_refuses(task),
         ),
         FunctionProvider(
@@ -52,7 +50,7 @@ def rope_providers(
             _flash_attention,
             translate=_flash_attention_task,
             formulation=_flash_attention_formulation,
-            missing=_missing(FLASH_ATTENTION, "apply_rotary_emb"),
+            missing=peer_missing(FLASH_ATTENTION, "apply_rotary_emb"),
             refuses=only_bshd,
         ),
         FunctionProvider(
@@ -61,28 +59,10 @@ def rope_providers(
             _transformer_engine,
             translate=_angles_task,
             formulation=lambda task: ANGLES,
-            missing=_missing(TRANSFORMER_ENGINE, "apply_rotary_pos_emb"),
+            missing=peer_missing(TRANSFORMER_ENGINE, "apply_rotary_pos_emb"),
             refuses=only_bshd,
         ),
     )
-
-
-def _missing(module: str, attribute: str) -> Callable[[torch.device], str | None]:
-    def reason(device: torch.device) -> str | None:
-        if device.type == "cpu":
-            return "runs on accelerators only"
-        return _import_failure(module, attribute)
-
-    return reason
-
-
-@lru_cache(maxsize=16)
-def _import_failure(module: str, attribute: str) -> str | None:
-    try:
-        getattr(import_module(module), attribute)
-    except Exception as error:  # a broken package may raise anything
-        return explain_failure(error)
-    return None
 
 
 def _liger(task: Task) -> Callable[..., Any]:
@@ -162,18 +142,10 @@ def _with_fp32_tables(task: Task) -> Task:
     return replace(task, args=(*tensors, cos.float(), sin.float()))
 
 
-def _reference(task: Task) -> Tensors:
-    from functools import partial
-
-    import tilewright
-
-    return evaluate(partial(getattr(tilewright, task.function), impl="reference"), task)
-
-
 ROUNDED_TABLES = Formulation(
     "tables in x's dtype, fp32 arithmetic, one rounding",
-    evaluate=lambda task: _reference(_with_fp32_tables(rounded_tables(task))),
-    truth=lambda task: _reference(rounded_tables(task).in_double()),
+    evaluate=lambda task: by_reference(_with_fp32_tables(rounded_tables(task))),
+    truth=lambda task: by_reference(rounded_tables(task).in_double()),
     less_precise="tables rounded to x's dtype; judged against the definition on rounded tables",
 )
 
@@ -210,6 +182,6 @@ def _with_angles_as_tables(task: Task, double: bool) -> Task:
 
 ANGLES = Formulation(
     "fp32 angles, fp32 arithmetic, one rounding",
-    evaluate=lambda task: _reference(_with_angles_as_tables(task, double=False)),
-    truth=lambda task: _reference(_with_angles_as_tables(task, double=True)),
+    evaluate=lambda task: by_reference(_with_angles_as_tables(task, double=False)),
+    truth=lambda task: by_reference(_with_angles_as_tables(task, double=True)),
 )

@@ -108,7 +108,7 @@ def run(
         device: where; by default the accelerator, or the CPU if there is none.
         dtype: name of the workloads' dtype.
         providers: names of those to measure; by default all but those that are measured only on request.
-        directions: ``"forward"``, ``"backward"`` or both.
+        directions: ``"forward"``, ``"backward"`` or both. A family without gradients is measured forward only.
         workloads: parts of workloads' names; a workload with any of them in its name is measured. By default all.
         output: folder of the records and plots, or a file that ends in ``.jsonl``, beside which the plots go.
         quick: fewer samples, and on a CPU fewer workloads; by default on a CPU.
@@ -117,7 +117,7 @@ def run(
         quiet: print nothing, and do without ``rich``.
 
     Raises:
-        ArgumentError: an argument has a value that cannot be.
+        ArgumentError: an argument has a value that cannot be, such as backward alone for a family without gradients.
         UnknownNameError: no family, provider or workload has this name.
         MissingDependencyError: ``rich`` is missing, and ``quiet`` does not say to do without.
         BenchmarkError: no workload is left to measure, or a provider has broken the device. Nothing is written then.
@@ -157,13 +157,10 @@ def _plan(
     if not isinstance(element, torch.dtype) or element not in chosen.family.dtypes:
         known = ", ".join(str(known).removeprefix("torch.") for known in chosen.family.dtypes)
         raise ArgumentError("bench", "dtype", f"came '{dtype}', expected one of {known}")
-    unknown = [direction for direction in directions if direction not in DIRECTIONS]
-    if unknown or not directions:
-        raise ArgumentError("bench", "directions", f"came {tuple(directions)}, expected some of {DIRECTIONS}")
+    ways = _directions(chosen, directions)
     named = _named(family, chosen.family.workloads, workloads)
     if max_bytes is None and where.type == "cpu" and workloads is None:
         max_bytes = CPU_MAX_BYTES
-    ways = tuple(direction for direction in DIRECTIONS if direction in directions)
     fitting = tuple(w for w in named if max_bytes is None or _most_bytes(w, element, ways) <= max_bytes)
     if not fitting:
         least = min((_most_bytes(workload, element, ways) for workload in named), default=0)
@@ -174,6 +171,18 @@ def _plan(
     if quick and where.type == "cpu" and workloads is None:
         fitting = _largest_of_each_sweep(fitting, element, ways)
     return Plan(chosen, where, element, chosen.chosen(providers), ways, fitting, quick)
+
+
+def _directions(suite: Suite, directions: Sequence[str]) -> tuple[Direction, ...]:
+    """The directions that are measured: those asked for that the family has."""
+    if not directions or any(direction not in DIRECTIONS for direction in directions):
+        raise ArgumentError("bench", "directions", f"came {tuple(directions)}, expected some of {DIRECTIONS}")
+    there: tuple[Direction, ...] = ("forward",) if suite.no_gradients else DIRECTIONS
+    ways = tuple(direction for direction in there if direction in directions)
+    if not ways:
+        why = f"{suite.family.name} has no backward: {suite.no_gradients}; measure forward"
+        raise ArgumentError("bench", "directions", f"came {tuple(directions)}, but {why}")
+    return ways
 
 
 def _named(family: str, workloads: tuple[Workload, ...], names: Sequence[str] | None) -> tuple[Workload, ...]:
@@ -420,7 +429,7 @@ def _path(output: Path, plan: Plan) -> Path:
     if output.suffix == ".jsonl":
         return output
     words = (plan.suite.family.name, _device_name(plan.device), str(plan.dtype).removeprefix("torch."))
-    return output / ("-".join(re.sub(r"[^a-z0-9]+", "-", word.lower()).strip("-") for word in words) + ".jsonl")
+    return output / ("-".join(re.sub(r"[^a-z0-9_]+", "-", word.lower()).strip("-") for word in words) + ".jsonl")
 
 
 def _draw(path: Path) -> tuple[tuple[Path, ...], str]:

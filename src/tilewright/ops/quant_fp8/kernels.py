@@ -26,7 +26,6 @@ from tilewright.ops.rms_norm.kernels import (
     inverse_rms,
     load_summed,
     load_weight,
-    load_weights,
     normalised,
     program_count,
     read_rows,
@@ -353,13 +352,13 @@ def quant_kernel(
     residual_out_row = row_offset(
         row, n_inner, stride_residual_out_outer, stride_residual_out_inner, TWO_LEVELS, ALIGN[2]
     )
-    weights = load_weights(weight_ptr, N_COLS, CHUNK, PRELOAD)
     rstd = tl.zeros((BLOCK_M,), tl.float32)
     kept = ()
+    weights = ()
     if SOURCE == "norm":
-        kept, rstd = read_rows(
-            x_ptr, residual_ptr, residual_out_ptr, x_row, residual_row, residual_out_row, row_mask,
-            N_COLS, EPS, ROUND_RESIDUAL, tl.float32, BLOCK_M, CHUNK, RESIDENT,
+        kept, weights, rstd = read_rows(
+            x_ptr, residual_ptr, residual_out_ptr, weight_ptr, x_row, residual_row, residual_out_row, row_mask,
+            N_COLS, EPS, ROUND_RESIDUAL, tl.float32, BLOCK_M, CHUNK, RESIDENT, PRELOAD,
         )  # fmt: skip
     elif RESIDENT:
         for c in tl.static_range((N_COLS + CHUNK - 1) // CHUNK):

@@ -101,14 +101,25 @@ def inverse_rms(squares, N_COLS: tl.constexpr, EPS: tl.constexpr, COMPUTE: tl.co
 
 
 @triton.jit
+def load_weight(weight_ptr, column, N_COLS: tl.constexpr):
+    """One chunk of the weight, [CHUNK]; every row reads it, so it is to stay in the cache."""
+    return tl.load(weight_ptr + column, column < N_COLS, 0.0, eviction_policy="evict_last")
+
+
+@triton.jit
 def read_rows(
-    x_ptr, residual_ptr, residual_out_ptr, x_row, residual_row, residual_out_row, row_mask,
+    x_ptr, residual_ptr, residual_out_ptr, weight_ptr, x_row, residual_row, residual_out_row, row_mask,
     N_COLS: tl.constexpr, EPS: tl.constexpr, ROUND_RESIDUAL: tl.constexpr, COMPUTE: tl.constexpr,
-    BLOCK_M: tl.constexpr, CHUNK: tl.constexpr, RESIDENT: tl.constexpr,
+    BLOCK_M: tl.constexpr, CHUNK: tl.constexpr, RESIDENT: tl.constexpr, PRELOAD: tl.constexpr,
 ):  # fmt: skip
-    """The chunks of the rows, if RESIDENT, and 1 / rms of each, [BLOCK_M]; stores the sums, if there are any."""
+    """The chunks of the rows, if RESIDENT, those of the weight, if PRELOAD, and 1 / rms of each row, [BLOCK_M].
+
+    Stores the sums, if there are any. The weight is asked for after the rows, which come from farther away, and before
+    anything waits for them.
+    """
     squares = tl.zeros((BLOCK_M, CHUNK), COMPUTE)
     kept = ()
+    weights = ()
     if RESIDENT:
         for c in tl.static_range((N_COLS + CHUNK - 1) // CHUNK):
             column = c * CHUNK + tl.arange(0, CHUNK)
@@ -117,6 +128,9 @@ def read_rows(
                 tile_mask(row_mask, column, N_COLS, CHUNK), True, ROUND_RESIDUAL, COMPUTE,
             )  # fmt: skip
             kept = kept + (z,)  # noqa: RUF005 - Triton unpacks no tuple in a tuple
+        if PRELOAD:
+            for c in tl.static_range((N_COLS + CHUNK - 1) // CHUNK):
+                weights = weights + (load_weight(weight_ptr, c * CHUNK + tl.arange(0, CHUNK), N_COLS),)  # noqa: RUF005
         for c in tl.static_range((N_COLS + CHUNK - 1) // CHUNK):
             squares = add_squares(squares, kept[c], COMPUTE)
     else:
@@ -127,23 +141,7 @@ def read_rows(
                 tile_mask(row_mask, column, N_COLS, CHUNK), True, ROUND_RESIDUAL, COMPUTE,
             )  # fmt: skip
             squares = add_squares(squares, z, COMPUTE)
-    return kept, inverse_rms(squares, N_COLS, EPS, COMPUTE)
-
-
-@triton.jit
-def load_weight(weight_ptr, column, N_COLS: tl.constexpr):
-    """One chunk of the weight, [CHUNK]; every row reads it, so it is to stay in the cache."""
-    return tl.load(weight_ptr + column, column < N_COLS, 0.0, eviction_policy="evict_last")
-
-
-@triton.jit
-def load_weights(weight_ptr, N_COLS: tl.constexpr, CHUNK: tl.constexpr, PRELOAD: tl.constexpr):
-    """All chunks of the weight, if PRELOAD: its loads are then under way together with those of the rows."""
-    weights = ()
-    if PRELOAD:
-        for c in tl.static_range((N_COLS + CHUNK - 1) // CHUNK):
-            weights = weights + (load_weight(weight_ptr, c * CHUNK + tl.arange(0, CHUNK), N_COLS),)  # noqa: RUF005
-    return weights
+    return kept, weights, inverse_rms(squares, N_COLS, EPS, COMPUTE)
 
 
 @triton.jit
@@ -182,10 +180,9 @@ def rms_norm_kernel(
     )
     y_row = row_offset(row, n_inner, stride_y_outer, stride_y_inner, TWO_LEVELS, ALIGN[2])
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
-    weights = load_weights(weight_ptr, N_COLS, CHUNK, PRELOAD)
-    kept, rstd = read_rows(
-        x_ptr, residual_ptr, residual_out_ptr, x_row, residual_row, residual_out_row, row_mask,
-        N_COLS, EPS, ROUND_RESIDUAL, COMPUTE, BLOCK_M, CHUNK, RESIDENT,
+    kept, weights, rstd = read_rows(
+        x_ptr, residual_ptr, residual_out_ptr, weight_ptr, x_row, residual_row, residual_out_row, row_mask,
+        N_COLS, EPS, ROUND_RESIDUAL, COMPUTE, BLOCK_M, CHUNK, RESIDENT, PRELOAD,
     )  # fmt: skip
     if RESIDENT:
         for c in tl.static_range((N_COLS + CHUNK - 1) // CHUNK):
