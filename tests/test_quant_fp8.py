@@ -1,6 +1,7 @@
 """What FP8 quantisation computes, beyond the grid of cases: presets, rounding, layouts and edges."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -30,7 +31,8 @@ from tilewright import (
 )
 from tilewright.ops.quant_fp8 import call, op
 from tilewright.ops.quant_fp8.cases import same_bits
-from tilewright.platforms import DeviceFacts
+from tilewright.ops.quant_fp8.format import DTYPES
+from tilewright.platforms import DeviceFacts, amd, nvidia
 from tilewright.testing import Target
 
 REFERENCE = Target("reference", torch.device("cpu"))
@@ -355,13 +357,24 @@ def test_the_dtype_of_the_platform(monkeypatch):
     assert quant_fp8(x, impl="reference").values.dtype == torch.float8_e4m3fn
 
 
-@pytest.mark.parametrize(("kind", "serves"), [("amd", True), ("nvidia", False), ("cpu", False)])
-def test_where_triton_has_e4m3fnuz(kind, serves):
-    device = DeviceFacts(kind, triton="compiled")
-    for dtype, expected in ((torch.float8_e4m3fnuz, serves), (torch.float8_e4m3fn, True)):
+@pytest.mark.parametrize(
+    ("family", "properties", "formats"),
+    [
+        (nvidia, {"major": 9, "minor": 0}, {"e4m3fn", "e5m2"}),
+        (nvidia, {"major": 8, "minor": 9}, {"e4m3fn", "e5m2"}),
+        (nvidia, {"major": 8, "minor": 6}, {"e5m2"}),
+        (amd, {"gcnArchName": "gfx942:sramecc+"}, {"e4m3fn", "e4m3fnuz", "e5m2"}),
+        (amd, {"gcnArchName": "gfx950"}, {"e4m3fn", "e5m2"}),
+    ],
+)
+def test_where_triton_has_a_format(family, properties, formats, monkeypatch):
+    properties = SimpleNamespace(name="a GPU", multi_processor_count=4, **properties)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
+    device = family.facts(0)
+    for name, dtype in DTYPES.items():
         verdict = op._triton_supports(device, (torch.bfloat16, dtype), None)
-        assert hasattr(verdict, "on_request") == expected
-        assert expected or "e4m3fnuz" in verdict.reason
+        assert hasattr(verdict, "on_request") == (name in formats)
+        assert name in formats or name in verdict.reason
 
 
 # Edges.

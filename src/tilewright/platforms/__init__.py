@@ -30,6 +30,7 @@ class DeviceFacts:
         triton: how Triton kernels run there: ``"compiled"``, ``"interpreted"``, or ``""`` for not at all.
         triton_note: more on that for people, where there is more to say.
         fp8: the E4M3 format of its matrix units: ``"e4m3fn"``, or ``"e4m3fnuz"`` where there is no negative zero.
+        fp8_formats: the FP8 formats that Triton converts to there.
         fp8_saturates: whether Triton's conversion to FP8 turns what is too large into the largest number.
         limits_registers: whether a kernel's registers can be limited (Triton's option ``maxnreg``).
     """
@@ -41,6 +42,7 @@ class DeviceFacts:
     triton: str = ""
     triton_note: str = ""
     fp8: str = "e4m3fn"
+    fp8_formats: tuple[str, ...] = ("e4m3fn", "e5m2")
     fp8_saturates: bool = False
     limits_registers: bool = False
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from tilewright import settings
@@ -21,5 +23,7 @@ def facts(index: int | None) -> DeviceFacts:
     properties = torch.cuda.get_device_properties(index)
     arch = properties.gcnArchName.split(":")[0]
     triton = "interpreted" if settings.triton_interpret() else "compiled"
-    fp8 = "e4m3fnuz" if arch in _FNUZ else "e4m3fn"
-    return DeviceFacts(KIND, arch, properties.name, properties.multi_processor_count, triton=triton, fp8=fp8)
+    facts = DeviceFacts(KIND, arch, properties.name, properties.multi_processor_count, triton=triton)
+    if arch in _FNUZ:
+        return replace(facts, fp8="e4m3fnuz", fp8_formats=(*facts.fp8_formats, "e4m3fnuz"))
+    return facts

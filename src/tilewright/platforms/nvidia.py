@@ -8,6 +8,8 @@ from tilewright import settings
 from tilewright.platforms import DeviceFacts
 
 KIND = "nvidia"
+_FIRST_E4M3 = (8, 9)
+"""The first compute capability that converts to E4M3."""
 
 
 def owns(device_type: str) -> bool:
@@ -26,6 +28,7 @@ def facts(index: int | None) -> DeviceFacts:
         properties.name,
         properties.multi_processor_count,
         triton=triton,
+        fp8_formats=("e4m3fn", "e5m2") if (properties.major, properties.minor) >= _FIRST_E4M3 else ("e5m2",),
         fp8_saturates=True,
         limits_registers=True,
     )

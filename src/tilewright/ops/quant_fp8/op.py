@@ -16,7 +16,7 @@ from tilewright.dispatch.eager import PlanCache, metadata
 from tilewright.errors import ArgumentError
 from tilewright.ops.quant_fp8.call import Inputs, Options, describe, empty_results
 from tilewright.ops.quant_fp8.dequant_call import DequantInputs, describe_dequant
-from tilewright.ops.quant_fp8.format import QuantFormat, decoded
+from tilewright.ops.quant_fp8.format import DTYPES, QuantFormat, decoded
 from tilewright.ops.rms_norm import call as norm
 
 if TYPE_CHECKING:
@@ -87,8 +87,9 @@ def _reference_supports(device: DeviceFacts, dtypes: tuple[torch.dtype, ...], sh
 
 
 def _triton_supports(device: DeviceFacts, dtypes: tuple[torch.dtype, ...], shape: Any) -> Verdict:
-    if torch.float8_e4m3fnuz in dtypes and device.kind != "amd":
-        return Unsupported(f"Triton has no e4m3fnuz on this device ({device.kind}); AMD GPUs have it")
+    missing = [name for name, dtype in DTYPES.items() if dtype in dtypes and name not in device.fp8_formats]
+    if missing:
+        return Unsupported(f"Triton does not convert to {', '.join(missing)} on {device}")
     return triton_verdict(device)
 
 
