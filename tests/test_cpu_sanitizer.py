@@ -65,6 +65,16 @@ def swap_at(x_ptr, index):
     tl.atomic_cas(x_ptr + index, 7, 8)
 
 
+@triton.jit
+def scale_rows(x_ptr, scale_ptr, out_ptr, n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in range(0, n, BLOCK_M):
+        row = start + tl.arange(0, BLOCK_M)
+        x = tl.load(x_ptr + row[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :], (row < n)[:, None], 0.0)
+        total += x * tl.load(scale_ptr + row, row < n, 0.0)[:, None]
+    tl.store(out_ptr + tl.arange(0, BLOCK_N), tl.sum(total, axis=0))
+
+
 def rejected(launch, kernel, text, program, *words):
     """The launch is rejected; the message names line, program and place."""
     with pytest.raises(KernelAccessError) as caught:
@@ -193,3 +203,11 @@ def test_switching_the_check_in_one_process(monkeypatch):
             else:
                 kernel[(1,)](x, 5, 1)  # past the storage, but memory of ours
                 assert memory[5] == 1
+
+
+def test_a_column_that_is_spread_over_a_tile(checked):
+    x, scale, out = torch.arange(48.0).reshape(6, 8), torch.arange(1.0, 7.0), torch.empty(8)
+    scale_rows[(1,)](x, scale, out, 6, BLOCK_M=4, BLOCK_N=8)
+    assert torch.equal(out, (x * scale[:, None]).sum(0))
+    with pytest.raises(KernelAccessError, match="scale_ptr"):
+        scale_rows[(1,)](x, scale[:5].clone(), out, 6, BLOCK_M=4, BLOCK_N=8)

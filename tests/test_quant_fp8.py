@@ -29,7 +29,8 @@ from tilewright import (
     rms_norm_quant_fp8,
     silu_mul_quant_fp8,
 )
-from tilewright.ops.quant_fp8 import call, op
+from tilewright.ops.quant_fp8 import format as format_module
+from tilewright.ops.quant_fp8 import op
 from tilewright.ops.quant_fp8.cases import same_bits
 from tilewright.ops.quant_fp8.format import DTYPES
 from tilewright.platforms import DeviceFacts, amd, nvidia
@@ -347,7 +348,7 @@ def test_every_format_of_one_launch(target):
 def test_the_dtype_of_the_platform(monkeypatch):
     x = random(REFERENCE, 4, 300)
     with monkeypatch.context() as patch:
-        patch.setattr(call, "facts", lambda device: DeviceFacts("amd", "gfx942", fp8="e4m3fnuz"))
+        patch.setattr(format_module, "facts", lambda device: DeviceFacts("amd", "gfx942", fp8="e4m3fnuz"))
         patch.setattr(op, "_PLANS", op.PlanCache())
         ours = quant_fp8(x, impl="reference")
         assert "e4m3fnuz" in str(tilewright.explain("quant_fp8", x, impl="reference"))
@@ -370,6 +371,7 @@ def test_the_dtype_of_the_platform(monkeypatch):
 def test_where_triton_has_a_format(family, properties, formats, monkeypatch):
     properties = SimpleNamespace(name="a GPU", multi_processor_count=4, **properties)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     device = family.facts(0)
     for name, dtype in DTYPES.items():
         verdict = op._triton_supports(device, (torch.bfloat16, dtype), None)
@@ -462,3 +464,37 @@ def test_more_than_two_to_the_31_elements(target):
     got, expected = (quant_fp8(t, scale_layout="column", impl=target.implementation) for t in (x, tail))
     assert same_bits(got.values[-9:], expected.values)
     assert same_bits(got.scales[-9:], expected.scales)
+
+
+STATIC = {
+    "infinities": ([float("inf"), -float("inf"), 1.0, -0.0], 0.5),
+    "an infinity under no power of two": ([float("inf"), 3.0, 1.0, -2.0], 0.3),
+    "a huge scale": ([1e38, -2e38, 3e38, 0.0], 1e38),
+    "a tiny scale": ([0.0, 1e-40, -1e-40, 1.0], 1e-40),
+    "zero": ([0.0, 1.0, -1.0, 2.0], 0.0),
+    "minus zero": ([0.0, 1.0, -1.0, 2.0], -0.0),
+    "a negative scale": ([0.0, 1.0, -1.0, 2.0], -0.25),
+    "an infinite scale": ([0.0, 1.0, -1.0, float("inf")], float("inf")),
+    "no number": ([0.0, 1.0, -1.0, 2.0], float("nan")),
+}
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("policy", ["exact", "vllm_native_per_token"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("case", STATIC)
+def test_a_given_scale_may_be_anything(target, policy, dtype, case):
+    numbers, scale = STATIC[case]
+    x, scale = torch.tensor(numbers).to(dtype), torch.tensor(scale)
+    exact = x.float() / scale if policy == "exact" else x.float() * (torch.ones(()) / scale)
+    values = serve(target, quant_fp8, x.to(target.device), scale=scale.to(target.device), policy=policy).values
+    assert same_bits(values.float().cpu(), fp8(exact.clamp(-MAX, MAX)).float())
+
+
+def test_a_fake_gpu_that_is_not_there():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    with FakeTensorMode():
+        assert quant_fp8(torch.empty(4, 256, device="cuda")).scales.shape == (4, 2)

@@ -37,7 +37,6 @@ from tilewright.ops.quant_fp8.call import Inputs, Options, describe
 from tilewright.ops.quant_fp8.cases import ADD, EMITS, NORM, QUANT, SILU
 from tilewright.ops.quant_fp8.format import QuantFormat, checked
 from tilewright.ops.rms_norm.call import Options as NormOptions
-from tilewright.platforms import facts
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -110,7 +109,7 @@ def _wrt(workload: Workload, arguments: Arguments) -> tuple[int, ...]:
 def formats_of(task: Task) -> tuple[QuantFormat, ...]:
     """Every format of a task, with its dtype filled in."""
     first = QuantFormat(**{name: task.kwargs[name] for name in _FIELDS if name in task.kwargs})
-    device = facts(task.args[0].device)
+    device = task.args[0].device
     return tuple(checked(f, device, task.function) for f in (first, *task.kwargs.get("also", ())))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import struct
 from typing import TYPE_CHECKING
 
@@ -111,15 +112,22 @@ class Writer:
             return f"(*({type_} *)({self.text(base, names)} + {self.text(offset, names)}))"
         return f"(({type_} *){self.text(base, names)})[{self.text(offset, names)}]"
 
-    def allowed(self, pointer: Expr, mask: str, site: int, roots: int, names: Names) -> str:
-        """A condition: the mask holds and the access is within bounds, which is reported if not."""
+    def allowed(self, pointer: Expr, mask: str, site: int, roots: int, names: Names, load: Expr | None = None) -> str:
+        """A condition: the mask holds and the access is within bounds, which is reported if not.
+
+        A ``load`` may stand outside of loops that it does not depend on, whose indices it cannot name.
+        """
+        element = self.element
+        if load is not None:
+            seen = {str(part.attr) for part in load.walk(set()) if part.op == "index"}
+            element = re.sub(r"\bi\d+\b", lambda index: index[0] if index[0] in seen else "0", element)
         assert isinstance(pointer.type, Pointer)
         assert isinstance(pointer.type.pointee, Scalar | Pointer)
         place = f"&{self.place(pointer, names)}"
         size = pointer.type.pointee.bytes
         return (
             f"({mask} && (tw_within(bounds, UINT64_C({roots}), {place}, {size}) || "
-            f"(tw_raise(report, 2, {site}, program, {self.element}, (int64_t)(intptr_t){place}), false)))"
+            f"(tw_raise(report, 2, {site}, program, {element}, (int64_t)(intptr_t){place}), false)))"
         )
 
     def text(self, e: Expr, names: Names) -> str:
@@ -147,7 +155,7 @@ class Writer:
         place = self.place(pointer, names)
         mask = self.text(rest[0], names) if rest else "true"
         if self.checked:
-            mask = self.allowed(pointer, mask, e.attr.number, e.attr.roots, names)
+            mask = self.allowed(pointer, mask, e.attr.number, e.attr.roots, names, e)
         elif not rest:
             return f"({from_memory(e.type, place)})"
         other = rest[1] if rest else None

@@ -18,7 +18,9 @@ def owns(device_type: str) -> bool:
 
 
 def facts(index: int | None) -> DeviceFacts:
-    """The facts of GPU ``index``, the current one if None."""
+    """The facts of GPU ``index``, the current one if None; of no GPU in particular where there is none."""
+    if not torch.cuda.is_available():  # a fake tensor may lie on a GPU that this machine does not have
+        return DeviceFacts(KIND)
     properties = torch.cuda.get_device_properties(index)
     arch = f"sm_{properties.major}{properties.minor}"
     triton = "interpreted" if settings.triton_interpret() else "compiled"

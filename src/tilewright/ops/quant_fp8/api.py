@@ -363,7 +363,7 @@ def scaled_mm_fp8(
     """
     name = "scaled_mm_fp8"
     sizes = group_size if isinstance(group_size, tuple) else (group_size, group_size)
-    if len(sizes) != len("ab"):
+    if len(sizes) != 2:
         raise ArgumentError(name, "group_size", f"got {group_size!r}; expected one for both operands, or (a's, b's)")
     operands: tuple[Any, Any] = (a, b)
     for operand, size, argument in zip(operands, sizes, ("a", "b"), strict=True):
@@ -374,6 +374,8 @@ def scaled_mm_fp8(
             raise ArgumentError(name, argument, f"values: got shape {tuple(operand[0].shape)}; expected a matrix")
     if a[0].shape[-1] != b[0].shape[-1]:
         raise ArgumentError(name, "b", f"has rows of {b[0].shape[-1]}, 'a' of {a[0].shape[-1]}; expected equal ones")
+    if a[0].device != b[0].device:
+        raise ArgumentError("scaled_mm_fp8", "b", f"lies on {b[0].device}, 'a' on {a[0].device}; move it there")
     return scaled_mm(a, b, group_size=sizes, dtype=dtype)
 
 

@@ -15,7 +15,6 @@ import torch
 from tilewright.errors import ArgumentError, DTypeError
 from tilewright.ops.quant_fp8.format import QuantFormat, checked
 from tilewright.ops.rms_norm import call as norm
-from tilewright.platforms import facts
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -143,9 +142,8 @@ def describe(inputs: Inputs, options: Options, operation: str) -> QuantCall:
 
 def _check_formats(given: Sequence[QuantFormat], x: torch.Tensor, operation: str) -> tuple[QuantFormat, ...]:
     if len(given) > MAX_FORMATS:
-        raise ArgumentError(operation, "also", f"asks for {len(given) - 1} more; one launch has {MAX_FORMATS} formats")
-    device = facts(x.device)
-    return tuple(checked(f, device, operation, "also" if index else "") for index, f in enumerate(given))
+        raise ArgumentError(operation, "also", f"asks for {len(given) - 1} more; expected at most {MAX_FORMATS - 1}")
+    return tuple(checked(f, x.device, operation, "also" if index else "") for index, f in enumerate(given))
 
 
 def _check_scale(scale: Any, x: torch.Tensor, formats: Sequence[QuantFormat], operation: str) -> None:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from tilewright.errors import ArgumentError, DTypeError
-
-if TYPE_CHECKING:
-    from tilewright.platforms import DeviceFacts
+from tilewright.platforms import facts
 
 GROUP_SIZES = (128, 64, 32, None)
 SCALE_FORMATS = ("fp32", "ue8m0", "ue8m0_fp32", "ue8m0_packed")
@@ -18,8 +16,10 @@ SCALE_LAYOUTS = ("row", "column", "tma_aligned")
 APPLICATIONS = ("divide", "reciprocal")
 MIN_SCALE = 2.0**-126
 """The smallest normal float32 number: its reciprocal is still finite."""
+MAX_FLOOR = 2.0**125
 MIN_MAXIMUM = 16.0
-"""Keeps the scale of the largest float32 numbers below 2^126, so that its reciprocal is a normal number."""
+"""Keeps the scale of the largest float32 numbers below 2^126, so that its reciprocal is a normal number; so does the
+largest floor."""
 
 DTYPES = {
     "e4m3fn": torch.float8_e4m3fn,
@@ -30,7 +30,7 @@ DTYPES = {
 
 @dataclass(frozen=True)
 class QuantPolicy:
-    """The five places in which production kernels differ, and what a kernel of ours does there.
+    """The places in which production kernels differ, and what a kernel of ours does there.
 
     With ``amax`` the largest magnitude of a group, in float32, every step rounded to nearest even::
 
@@ -123,7 +123,7 @@ class QuantFormat:
         return 1 if self.group_size is None else -(-n_cols // self.group_size)
 
 
-def checked(given: QuantFormat, device: DeviceFacts, operation: str, name: str = "") -> QuantFormat:
+def checked(given: QuantFormat, device: torch.device, operation: str, name: str = "") -> QuantFormat:
     """A valid format with its dtype filled in.
 
     Args:
@@ -148,11 +148,12 @@ def checked(given: QuantFormat, device: DeviceFacts, operation: str, name: str =
         value = getattr(given, field)
         if value not in known:
             expected = ", ".join(map(str, known))
-            raise ArgumentError(operation, name or field, f"{field} is {value!r}; expected one of {expected}")
+            message = f"{field} is {value!r}" if name else f"got {value!r}"
+            raise ArgumentError(operation, name or field, f"{message}; expected one of {expected}")
     if given.is_packed and given.scale_layout != "tma_aligned":
         message = "packed scales need scale_layout 'tma_aligned', the layout that DeepGEMM reads"
         raise ArgumentError(operation, name or "scale_layout", message)
-    dtype = DTYPES[device.fp8] if given.dtype is None else given.dtype
+    dtype = DTYPES[facts(device).fp8] if given.dtype is None else given.dtype
     if dtype not in DTYPES.values():
         expected = ", ".join(map(str, DTYPES.values()))
         raise DTypeError(operation, name or "dtype", f"got {given.dtype!r}; expected one of {expected}")
@@ -182,6 +183,8 @@ def _check_policy(policy: Any, dtype: torch.dtype, operation: str, name: str) ->
     largest = torch.finfo(dtype).max
     if not MIN_MAXIMUM <= maximum <= largest:
         raise ArgumentError(operation, name, f"has maximum {maximum}, not {MIN_MAXIMUM} to {largest:g}, for {dtype}")
+    if max(policy.amax_floor / maximum, policy.scale_floor, policy.ue8m0_floor) > MAX_FLOOR:
+        raise ArgumentError(operation, name, f"has a floor above {MAX_FLOOR:.3g}: the reciprocal of its scale vanishes")
     if max(policy.amax_floor / maximum, policy.scale_floor) < MIN_SCALE:
         message = "has no floor that keeps scales at or above 2^-126, which a group of zeros needs: give scale_floor"
         raise ArgumentError(operation, name, message)

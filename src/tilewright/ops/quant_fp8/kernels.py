@@ -115,27 +115,37 @@ def _factors(scale, FORMAT: tl.constexpr):
         high = tl.fma(reciprocal, tl.fma(-scale, reciprocal, one), reciprocal)
         high = tl.where(scale == float("inf"), 0.0, high)
         low = -scale
-    if FORMAT[0] < 0:  # a given scale may be anything
-        normal = (tl.abs(scale) >= 1.1754943508222875e-38) & (tl.abs(scale) <= 8.507059173023462e37)
-        high = tl.where(normal, high, tl.div_rn(one, scale))
-        low = tl.where(normal, low, 0.0)
     return high, low
 
 
 @triton.jit
 def _applied(x, high, low, FORMAT: tl.constexpr):
-    """FP8 values before their conversion: ``x / scale`` or ``x * (1 / scale)``; all of one shape."""
+    """``x / scale`` or ``x * (1 / scale)``; all of one shape."""
     if not FORMAT[2] or FORMAT[1] != "fp32":  # a power of two has an exact reciprocal
         q = x * high
     elif FORMAT[10] < 24:
-        q = tl.fma(x, low, x * high)
+        q = x * high
+        if FORMAT[0] < 0:  # under a given scale an infinite x is no reason for the scale to be infinite
+            corrected = tl.fma(x, low, q)
+            q = tl.where(tl.abs(corrected) < float("inf"), corrected, q)
+        else:
+            q = tl.fma(x, low, q)
     else:
         q = x * high
         corrected = tl.fma(tl.fma(q, low, x), high, q)
-        q = tl.where(tl.abs(corrected) < float("inf"), corrected, q)
+        q = tl.where((tl.abs(corrected) < float("inf")) & (q != 0), corrected, q)  # a zero keeps its sign
+    return q
+
+
+@triton.jit
+def _store_values(
+    values_ptr, q, row, row_mask, column, N_COLS: tl.constexpr, FORMAT: tl.constexpr, CHUNK: tl.constexpr
+):  # fmt: skip
+    """Clamp, convert and store one chunk of values [BLOCK_M, CHUNK]."""
     if FORMAT[8]:
         q = tl.clamp(q, -FORMAT[4], FORMAT[4], propagate_nan=tl.PropagateNan.ALL)
-    return q
+    q = q.to(values_ptr.dtype.element_ty)
+    tl.store(values_ptr + tile(row * N_COLS, column), q, tile_mask(row_mask, column, N_COLS, CHUNK))
 
 
 @triton.jit
@@ -178,8 +188,7 @@ def _quantise_groups(
     group = start // FORMAT[0] + piece // PARTS
     _store_scales(scale_ptr, scale, row, row_mask, group, first, stride_scale_row, stride_scale_group, FORMAT)
     column = start + tl.arange(0, CHUNK)
-    q = tl.reshape(q, (BLOCK_M, CHUNK)).to(values_ptr.dtype.element_ty)
-    tl.store(values_ptr + tile(row * N_COLS, column), q, tile_mask(row_mask, column, N_COLS, CHUNK))
+    _store_values(values_ptr, tl.reshape(q, (BLOCK_M, CHUNK)), row, row_mask, column, N_COLS, FORMAT, CHUNK)
 
 
 @triton.jit
@@ -192,13 +201,28 @@ def _quantise_by(
     q = _applied(
         y, tl.broadcast_to(high[:, None], shape), tl.broadcast_to(low[:, None], shape), FORMAT
     )  # fmt: skip
-    q = q.to(values_ptr.dtype.element_ty)
-    tl.store(values_ptr + tile(row * N_COLS, column), q, tile_mask(row_mask, column, N_COLS, CHUNK))
+    _store_values(values_ptr, q, row, row_mask, column, N_COLS, FORMAT, CHUNK)
+
+
+@triton.jit
+def _quantise_given(
+    values_ptr, y, scale, row, row_mask, column, N_COLS: tl.constexpr, FORMAT: tl.constexpr, CHUNK: tl.constexpr
+):  # fmt: skip
+    """Quantise one chunk by a given scale, which may be any number."""
+    scales = tl.full(y.shape, scale, tl.float32)
+    if (tl.abs(scale) >= 1.1754943508222875e-38) & (tl.abs(scale) <= 8.507059173023462e37):  # its reciprocal is normal
+        high, low = _factors(tl.full((1,), scale, tl.float32), FORMAT)
+        q = _applied(y, tl.broadcast_to(high[:, None], y.shape), tl.broadcast_to(low[:, None], y.shape), FORMAT)
+    elif FORMAT[2]:
+        q = tl.div_rn(y, scales)
+    else:
+        q = y * tl.div_rn(tl.full(y.shape, 1.0, tl.float32), scales)
+    _store_values(values_ptr, q, row, row_mask, column, N_COLS, FORMAT, CHUNK)
 
 
 @triton.jit
 def _quantise_chunk(
-    values_ptr, scale_ptr, rounded, exact, given_high, given_low, row, row_mask, start, stride_row, stride_group,
+    values_ptr, scale_ptr, rounded, exact, given_scale, row, row_mask, start, stride_row, stride_group,
     N_COLS: tl.constexpr, FORMAT: tl.constexpr, BLOCK_M: tl.constexpr, CHUNK: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     """Quantise one chunk by groups or by a given scale; per token is done when the whole row is known."""
@@ -212,7 +236,7 @@ def _quantise_chunk(
         )  # fmt: skip
     elif FORMAT[0] < 0:
         column = start + tl.arange(0, CHUNK)
-        _quantise_by(values_ptr, y, given_high, given_low, row, row_mask, column, N_COLS, FORMAT, CHUNK)
+        _quantise_given(values_ptr, y, given_scale, row, row_mask, column, N_COLS, FORMAT, CHUNK)
 
 
 @triton.jit
@@ -229,7 +253,7 @@ def _seen(largest, rounded, exact, FORMAT: tl.constexpr):
 @triton.jit
 def _first_pass(
     x_ptr, emit_ptr, values_0_ptr, scale_0_ptr, values_1_ptr, scale_1_ptr, values_2_ptr, scale_2_ptr,
-    kept, rstd, weight, x_row, row, row_mask, start, largest_0, largest_1, largest_2, given_high, given_low,
+    kept, rstd, weight, x_row, row, row_mask, start, largest_0, largest_1, largest_2, given_scale,
     stride_0_row, stride_0_group, stride_1_row, stride_1_group, stride_2_row, stride_2_group,
     N_COLS: tl.constexpr, SOURCE: tl.constexpr, WEIGHT_OFFSET: tl.constexpr, ROUND_NORM: tl.constexpr,
     FORMAT_0: tl.constexpr, FORMAT_1: tl.constexpr, FORMAT_2: tl.constexpr,
@@ -250,17 +274,17 @@ def _first_pass(
         exact = _source(x_ptr, x_row, column, mask, kept, rstd, weight, N_COLS, SOURCE, WEIGHT_OFFSET, False, DTYPE)
         exact = tl.where(mask, exact, 0.0)
     _quantise_chunk(
-        values_0_ptr, scale_0_ptr, rounded, exact, given_high, given_low, row, row_mask, start,
+        values_0_ptr, scale_0_ptr, rounded, exact, given_scale, row, row_mask, start,
         stride_0_row, stride_0_group, N_COLS, FORMAT_0, BLOCK_M, CHUNK, VECTOR,
     )  # fmt: skip
     if FORMAT_1 is not None:
         _quantise_chunk(
-            values_1_ptr, scale_1_ptr, rounded, exact, given_high, given_low, row, row_mask, start,
+            values_1_ptr, scale_1_ptr, rounded, exact, given_scale, row, row_mask, start,
             stride_1_row, stride_1_group, N_COLS, FORMAT_1, BLOCK_M, CHUNK, VECTOR,
         )  # fmt: skip
     if FORMAT_2 is not None:
         _quantise_chunk(
-            values_2_ptr, scale_2_ptr, rounded, exact, given_high, given_low, row, row_mask, start,
+            values_2_ptr, scale_2_ptr, rounded, exact, given_scale, row, row_mask, start,
             stride_2_row, stride_2_group, N_COLS, FORMAT_2, BLOCK_M, CHUNK, VECTOR,
         )  # fmt: skip
     largest_0 = _seen(largest_0, rounded, exact, FORMAT_0)
@@ -365,10 +389,9 @@ def quant_kernel(
             column = c * CHUNK + tl.arange(0, CHUNK)
             mask = tile_mask(row_mask, column, N_COLS, CHUNK)
             kept = kept + (tl.load(x_ptr + tile(x_row, column), mask, 0.0),)  # noqa: RUF005
-    given_high = tl.zeros((BLOCK_M,), tl.float32)
-    given_low = given_high
+    given_scale = given_scale_ptr
     if given_scale_ptr is not None:
-        given_high, given_low = _factors(given_high + tl.load(given_scale_ptr), FORMAT_0)
+        given_scale = tl.load(given_scale_ptr)
     width: tl.constexpr = CHUNK if _any_per_token(FORMAT_0, FORMAT_1, FORMAT_2) else 1
     largest_0 = tl.zeros((BLOCK_M, width), tl.float32)
     largest_1 = largest_0
@@ -383,7 +406,7 @@ def quant_kernel(
             largest_0, largest_1, largest_2 = _first_pass(
                 x_ptr, emit_ptr, values_0_ptr, scale_0_ptr, values_1_ptr, scale_1_ptr, values_2_ptr, scale_2_ptr,
                 kept[c], rstd, weight, x_row, row, row_mask, c * CHUNK, largest_0, largest_1, largest_2,
-                given_high, given_low, stride_0_row, stride_0_group, stride_1_row, stride_1_group,
+                given_scale, stride_0_row, stride_0_group, stride_1_row, stride_1_group,
                 stride_2_row, stride_2_group, N_COLS, SOURCE, WEIGHT_OFFSET, ROUND_NORM,
                 FORMAT_0, FORMAT_1, FORMAT_2, BLOCK_M, CHUNK, VECTOR,
             )  # fmt: skip
@@ -400,7 +423,7 @@ def quant_kernel(
             largest_0, largest_1, largest_2 = _first_pass(
                 x_ptr, emit_ptr, values_0_ptr, scale_0_ptr, values_1_ptr, scale_1_ptr, values_2_ptr, scale_2_ptr,
                 z, rstd, weight, x_row, row, row_mask, c * CHUNK, largest_0, largest_1, largest_2,
-                given_high, given_low, stride_0_row, stride_0_group, stride_1_row, stride_1_group,
+                given_scale, stride_0_row, stride_0_group, stride_1_row, stride_1_group,
                 stride_2_row, stride_2_group, N_COLS, SOURCE, WEIGHT_OFFSET, ROUND_NORM,
                 FORMAT_0, FORMAT_1, FORMAT_2, BLOCK_M, CHUNK, VECTOR,
             )  # fmt: skip

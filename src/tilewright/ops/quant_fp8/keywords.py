@@ -12,7 +12,6 @@ import torch
 
 from tilewright.errors import DTypeError
 from tilewright.ops.quant_fp8.format import QuantFormat, QuantPolicy, checked, encoded
-from tilewright.platforms import facts
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -99,4 +98,4 @@ def _text(
     """A format as the operators take it."""
     own = policy[0] if len(policy) == 1 else QuantPolicy(*policy)
     given = QuantFormat(group_size, scale_format, scale_layout, dtype, own)
-    return encoded(checked(given, facts(torch.device(device)), operation, name))
+    return encoded(checked(given, torch.device(device), operation, name))

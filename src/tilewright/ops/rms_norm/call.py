@@ -39,6 +39,7 @@ MAX_COLS = 262_144
 MIN_EPS = 2.0**-126
 """The smallest normal float32 number: a smaller eps could vanish, and a row of zeros would become NaN."""
 
+MAX_NUMBER = torch.finfo(torch.float32).max
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 CASTS = ("before_weight", "after_weight")
 ROUNDINGS = ("rounded", "exact")
@@ -167,10 +168,12 @@ def _check_options(options: Options, operation: str) -> None:
         value = getattr(options, name)
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise DTypeError(operation, name, f"got {value!r}; expected a number")
-    if not MIN_EPS <= options.eps < math.inf:
-        raise ArgumentError(operation, "eps", f"got {options.eps}; expected a finite number of at least {MIN_EPS:.3g}")
-    if not math.isfinite(options.weight_offset):
-        raise ArgumentError(operation, "weight_offset", f"got {options.weight_offset}; expected a finite number")
+    if not MIN_EPS <= options.eps <= MAX_NUMBER:
+        message = f"got {options.eps}; expected a number from {MIN_EPS:.3g} to {MAX_NUMBER:.3g}"
+        raise ArgumentError(operation, "eps", message)
+    if not -MAX_NUMBER <= options.weight_offset <= MAX_NUMBER:
+        message = f"got {options.weight_offset}; expected a number of at most {MAX_NUMBER:.3g}"
+        raise ArgumentError(operation, "weight_offset", message)
     for name, known in (("cast", CASTS), ("residual_rounding", ROUNDINGS)):
         value = getattr(options, name)
         if not isinstance(value, str):

@@ -1,8 +1,12 @@
 """Launch parameters of the Triton kernels: how rows are cut into tiles, and how many warps work on one.
 
 A thread takes one 16-byte load of each chunk, so that Triton lays out every tile of a row alike, whatever else a kernel
-does with it. The parameters depend on the row alone, never on how many rows there are: a row's result is the same in
-every batch, and the fused kernels sum in the same order as the plain ones.
+does with it. How a row is cut depends on the row alone, never on how many rows there are: its result is the same in
+every batch, and the fused kernels sum in the same order as the plain ones. How many rows share a sum for the weight's
+gradient depends on their number and on the device as well.
+
+The numbers for GPUs are the best of those measured on an H200 (``benchmarks/results/norm-experiments-nvidia-h200.json``
+and the README beside this file), in between by the same pattern; those for a CPU keep a tile in its first cache.
 """
 
 from __future__ import annotations

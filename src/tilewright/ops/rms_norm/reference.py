@@ -55,7 +55,8 @@ def inverse_rms(options: Options, z: torch.Tensor) -> torch.Tensor:
 
 def scale_of(call: RmsNormCall, weight: torch.Tensor) -> torch.Tensor:
     """``weight + weight_offset`` in the arithmetic's dtype."""
-    return weight.to(call.compute_dtype) + call.options.weight_offset
+    wide = weight.to(call.compute_dtype)
+    return wide + call.options.weight_offset if call.options.weight_offset else wide  # -0.0 stays what it is
 
 
 def rms_norm_backward(
