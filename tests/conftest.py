@@ -5,7 +5,7 @@ import torch
 
 torch.set_num_threads(1)
 pytest.register_assert_rewrite(  # as pytest does for test files
-    "bench_helpers", "models_helpers", "quant_fp8_helpers", "rms_norm_helpers", "rope_helpers"
+    "bench_helpers", "models_helpers", "operation_helpers", "quant_fp8_helpers", "rms_norm_helpers", "rope_helpers"
 )
 
 

@@ -1,35 +1,19 @@
 """What the tests of FP8 quantisation share: targets, tensors on them, and tables of codes."""
 
-import pytest
+from functools import partial
+
 import torch
 
-import tilewright
-from tilewright import QuantFormat, ops
-from tilewright.testing import targets
+import operation_helpers
+from operation_helpers import TARGETS, serve
+from tilewright import QuantFormat
 
-IMPLEMENTED = {i.name for i in ops.operation("quant_fp8").implementations}
-TARGETS = [
-    pytest.param(t, id=str(t), marks=[pytest.mark.gpu] if t.on_gpu else [])
-    for t in targets()
-    if t.implementation in IMPLEMENTED
-]
+__all__ = ["TARGETS", "serve"]
+
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 PACKED = {"scale_format": "ue8m0_packed", "scale_layout": "tma_aligned"}
 MX = QuantFormat(32, "ue8m0")
-
-
-def serve(target, function, *args, **kwargs):
-    """Call a public function, after making sure that the target's implementation will serve it."""
-    kwargs["impl"] = target.implementation
-    chosen = tilewright.explain(function.__name__, *args, **kwargs).chosen
-    if chosen != target.implementation:
-        pytest.fail(f"{chosen} serves")
-    return function(*args, **kwargs)
-
-
-def random(target, *shape, dtype=torch.bfloat16, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=generator, dtype=torch.float64).to(target.device, dtype)
+random = partial(operation_helpers.random, dtype=torch.bfloat16)
 
 
 def codes_of(dtype):

@@ -1,6 +1,14 @@
 """Who computes an operation: implementations as data, their selection, and the record that explains it."""
 
-from tilewright.dispatch.implementation import Implementation, Supported, Unsupported, Verdict, triton_verdict
+from tilewright.dispatch.implementation import (
+    Implementation,
+    Supported,
+    Unsupported,
+    Verdict,
+    serves_anywhere,
+    serves_where_triton_runs,
+    triton_verdict,
+)
 from tilewright.dispatch.selection import Candidate, Described, Explanation, Operation, asked_for, select, use
 
 __all__ = [
@@ -14,6 +22,8 @@ __all__ = [
     "Verdict",
     "asked_for",
     "select",
+    "serves_anywhere",
+    "serves_where_triton_runs",
     "triton_verdict",
     "use",
 ]

@@ -76,6 +76,16 @@ class Implementation:
         )
 
 
+def serves_anywhere(device: DeviceFacts, dtypes: tuple[torch.dtype, ...], shape: Any) -> Verdict:
+    """``supports`` of a definition in plain PyTorch."""
+    return Supported("plain PyTorch, runs on every device")
+
+
+def serves_where_triton_runs(device: DeviceFacts, dtypes: tuple[torch.dtype, ...], shape: Any) -> Verdict:
+    """``supports`` of Triton kernels that ask for nothing else."""
+    return triton_verdict(device)
+
+
 def triton_verdict(device: DeviceFacts) -> Verdict:
     """Whether a Triton kernel can run on this device at all."""
     if device.triton == "compiled":

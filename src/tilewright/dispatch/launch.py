@@ -13,6 +13,7 @@ from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tilewright import cpu, settings
+from tilewright.errors import ArgumentError
 from tilewright.platforms import current_index
 
 if TYPE_CHECKING:
@@ -22,6 +23,27 @@ if TYPE_CHECKING:
 
 ALIGNMENT = 16
 """Triton compiles another kernel for pointers that are not multiples of so many bytes."""
+
+
+MAX_PROGRAMS = 2**31 - 1
+"""Programs along the one axis of a grid."""
+
+
+def check_programs(programs: int, operation: str, argument: str) -> int:
+    """The number of programs, if one launch has so many.
+
+    Raises:
+        ArgumentError: it has not.
+    """
+    if programs > MAX_PROGRAMS:
+        message = f"needs {programs} programs; one launch has at most {MAX_PROGRAMS}"
+        raise ArgumentError(operation, argument, message)
+    return programs
+
+
+def power_of_2(n: int) -> int:
+    """The smallest power of two that is at least ``n``."""
+    return 1 << (n - 1).bit_length()
 
 
 class BoundKernel:

@@ -6,13 +6,14 @@ The choice is a pure function of operation, device family, dtypes and shape clas
 
 from __future__ import annotations
 
+import inspect
 import threading
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tilewright.dispatch.implementation import Unsupported
-from tilewright.errors import ImplementationError, UnknownNameError
+from tilewright.errors import DTypeError, ImplementationError, UnknownNameError
 from tilewright.platforms import facts
 
 if TYPE_CHECKING:
@@ -140,6 +141,20 @@ class Operation:
     def explain(self, *args: Any, **kwargs: Any) -> Explanation:
         """Explain the choice for this call, without making it."""
         return decide(self.name, self.implementations, asked_for(self.describe(*args, **kwargs))).explanation
+
+
+def bound(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call by name, defaults filled in.
+
+    Raises:
+        DTypeError: they do not fit the function's signature.
+    """
+    try:
+        given = inspect.signature(function).bind(*args, **kwargs)
+    except TypeError as error:
+        raise DTypeError("explain", function.__name__, str(error)) from error
+    given.apply_defaults()
+    return given.arguments
 
 
 def asked_for(described: Described) -> Described:

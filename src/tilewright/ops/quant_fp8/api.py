@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
 from tilewright.dispatch import Operation
 from tilewright.dispatch.eager import unobserved
-from tilewright.dispatch.selection import override
+from tilewright.dispatch.selection import bound, override
 from tilewright.errors import ArgumentError, DTypeError
 from tilewright.ops.quant_fp8.call import Inputs, Options, describe
 from tilewright.ops.quant_fp8.dequant_call import DequantInputs, describe_dequant
@@ -409,21 +408,11 @@ def _run_watched(
     return run_registered(operation, inputs, texts, options, impl)
 
 
-def _bound(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a public function by name."""
-    try:
-        bound = inspect.signature(function).bind(*args, **kwargs)
-    except TypeError as error:
-        raise DTypeError("explain", function.__name__, str(error)) from error
-    bound.apply_defaults()
-    return bound.arguments
-
-
 def _describe(function: Callable[..., Any]) -> Callable[..., Described]:
     """How an explanation reads the arguments of a public function that quantises."""
 
     def describe(*args: Any, **kwargs: Any) -> Described:
-        given = _bound(function, args, kwargs)
+        given = bound(function, args, kwargs)
         name = function.__name__
         own = QuantFormat(*(given[field] for field in QuantFormat.__dataclass_fields__))
         tensors: dict[str, Any] = {field: given.get(field) for field in Inputs._fields}
@@ -437,7 +426,7 @@ def _describe(function: Callable[..., Any]) -> Callable[..., Described]:
 
 
 def _describe_dequant(*args: Any, **kwargs: Any) -> Described:
-    given = _bound(dequant_fp8, args, kwargs)
+    given = bound(dequant_fp8, args, kwargs)
     inputs = DequantInputs(given["values"], given["scales"])
     return described_dequant(inputs, given["group_size"], given["dtype"], given["impl"])
 

@@ -20,14 +20,13 @@ import triton
 import triton.language as tl
 from triton.language.extra import libdevice
 
-from tilewright.dispatch.launch import BoundKernel
+from tilewright.dispatch.launch import BoundKernel, check_programs
 from tilewright.ops.quant_fp8.kernels_dequant import as_bytes
 from tilewright.ops.rms_norm.kernels import (
     inverse_rms,
     load_summed,
     load_weight,
     normalised,
-    program_count,
     read_rows,
     row_offset,
     tile,
@@ -473,7 +472,7 @@ def plan(call: QuantCall, inputs: Inputs, outputs: Sequence[torch.Tensor]) -> Ru
     device = facts(x.device)
     kind = "gated" if call.source == "silu_mul" else "plain" if residual is None else "residual"
     block = row_block(call.n_cols, x.element_size(), device, kind)
-    programs = program_count(call.n_rows, block.rows, call.source)
+    programs = check_programs(block.programs(call.n_rows), "quant_fp8", "x")
     preloads = weight is not None and block.preloads(programs, device, light=False)
     strides = seen.strides_of((x, residual, stored))
     options = call.norm.options if call.norm is not None else None

@@ -8,8 +8,8 @@ import torch
 import triton
 import triton.language as tl
 
-from tilewright.dispatch.launch import BoundKernel
-from tilewright.ops.rms_norm.kernels import program_count, row_offset, tile, tile_mask
+from tilewright.dispatch.launch import BoundKernel, check_programs
+from tilewright.ops.rms_norm.kernels import row_offset, tile, tile_mask
 from tilewright.ops.rms_norm.launch import row_block
 from tilewright.ops.rows import contiguous_twin, rows
 from tilewright.platforms import facts
@@ -64,7 +64,8 @@ def plan(call: DequantCall, inputs: DequantInputs, outputs: Sequence[torch.Tenso
         return contiguous_twin(plan, call, inputs, outputs)
     device = facts(values.device)
     block = row_block(min(call.n_cols, _MAX_CHUNK), outputs[0].element_size(), device)
-    programs = program_count(call.n_rows, block.rows, "dequant_fp8") * -(-call.n_cols // block.chunk)
+    programs = block.programs(call.n_rows) * -(-call.n_cols // block.chunk)
+    check_programs(programs, "dequant_fp8", "values")
     pack = 4 if call.is_packed else 1
     scale_strides = (0, 0, 0) if call.one_scale else (*seen.strides[1], scales.stride(-1))
     tail = (

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from tilewright.dispatch import Described, Implementation, Supported, Unsupported, select, triton_verdict
+from tilewright.dispatch import Described, Implementation, Unsupported, select, serves_anywhere, triton_verdict
 from tilewright.dispatch.eager import PlanCache, metadata
 from tilewright.errors import ArgumentError
 from tilewright.ops.quant_fp8.call import Inputs, Options, describe, empty_results
@@ -82,10 +82,6 @@ def _load_triton_dequant() -> DequantPlanner:
     return plan
 
 
-def _reference_supports(device: DeviceFacts, dtypes: tuple[torch.dtype, ...], shape: Any) -> Verdict:
-    return Supported("plain PyTorch, runs on every device")
-
-
 def _triton_supports(device: DeviceFacts, dtypes: tuple[torch.dtype, ...], shape: Any) -> Verdict:
     missing = [name for name, dtype in DTYPES.items() if dtype in dtypes and name not in device.fp8_formats]
     if missing:
@@ -95,11 +91,11 @@ def _triton_supports(device: DeviceFacts, dtypes: tuple[torch.dtype, ...], shape
 
 IMPLEMENTATIONS = (
     Implementation("triton", _load_triton, _triton_supports),
-    Implementation("reference", _load_reference, _reference_supports),
+    Implementation("reference", _load_reference, serves_anywhere),
 )
 DEQUANT_IMPLEMENTATIONS = (
     Implementation("triton", _load_triton_dequant, _triton_supports),
-    Implementation("reference", _load_reference_dequant, _reference_supports),
+    Implementation("reference", _load_reference_dequant, serves_anywhere),
 )
 
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 
 from tilewright.dispatch import Operation
 from tilewright.dispatch.eager import record, unobserved
-from tilewright.dispatch.selection import override
-from tilewright.errors import DTypeError
+from tilewright.dispatch.selection import bound, override
 from tilewright.ops.rms_norm.call import Inputs, Options, describe
 from tilewright.ops.rms_norm.op import (
     IMPLEMENTATIONS,
@@ -230,16 +228,10 @@ def _run_backward(
 
 def _describe(function: Callable[..., Any]) -> Callable[..., Described]:
     """How an explanation reads the arguments of a public function."""
-    signature = inspect.signature(function)
     name = function.__name__
 
     def describe(*args: Any, **kwargs: Any) -> Described:
-        try:
-            bound = signature.bind(*args, **kwargs)
-        except TypeError as error:
-            raise DTypeError("explain", name, str(error)) from error
-        bound.apply_defaults()
-        given = bound.arguments
+        given = bound(function, args, kwargs)
         inputs = Inputs(given["x"], given.get("residual"), given["weight"])
         options = Options(**{field: given[field] for field in Options._fields if field in given})
         return described(inputs, options, given["impl"], name)

@@ -16,8 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from tilewright.dispatch.launch import BoundKernel
-from tilewright.errors import ArgumentError
+from tilewright.dispatch.launch import BoundKernel, check_programs
 from tilewright.ops.rms_norm.call import Planner
 from tilewright.ops.rms_norm.launch import row_block
 from tilewright.ops.rows import alignment, contiguous_twin, rows
@@ -29,7 +28,6 @@ if TYPE_CHECKING:
 # A Triton that lacks one of these fails here, at import, where dispatch takes note, and not at a launch.
 _NEEDED = (tl.static_range, tl.fma, tl.div_rn, tl.rsqrt)
 COMPUTE = {torch.float32: tl.float32, torch.float64: tl.float64}
-MAX_PROGRAMS = 2**31 - 1
 
 
 @triton.jit
@@ -219,7 +217,7 @@ def plan(call: RmsNormCall, inputs: Inputs, outputs: Tensors) -> Runner:
         return contiguous_twin(plan, call, inputs, outputs)
     device = facts(x.device)
     block = row_block(call.n_cols, x.element_size(), device, "plain" if residual is None else "residual")
-    programs = program_count(call.n_rows, block.rows, "rms_norm")
+    programs = check_programs(block.programs(call.n_rows), "rms_norm", "x")
     preloads = weight is not None and block.preloads(programs, device, light=True)
     strides = seen.strides_of((x, residual, y, stored))
     tail = (
@@ -240,18 +238,6 @@ def plan(call: RmsNormCall, inputs: Inputs, outputs: Tensors) -> Runner:
         block.resident,
     )
     return BoundKernel(rms_norm_kernel, programs, x.device, tail, block.options(device, preloads=preloads))
-
-
-def program_count(n_rows: int, rows_per_program: int, operation: str) -> int:
-    """How many programs there are.
-
-    Raises:
-        ArgumentError: more than one launch has.
-    """
-    programs = -(-n_rows // rows_per_program)
-    if programs > MAX_PROGRAMS:
-        raise ArgumentError(operation, "x", f"needs {programs} programs; one launch has at most {MAX_PROGRAMS}")
-    return programs
 
 
 def _plan_backward(call: RmsNormCall, inputs: GradInputs, outputs: Tensors) -> Runner:

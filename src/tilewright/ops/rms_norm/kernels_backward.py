@@ -17,8 +17,8 @@ import torch
 import triton
 import triton.language as tl
 
-from tilewright.dispatch.launch import BoundKernel
-from tilewright.ops.rms_norm.kernels import COMPUTE, load_weight, program_count, row_offset, tile, tile_mask
+from tilewright.dispatch.launch import BoundKernel, check_programs
+from tilewright.ops.rms_norm.kernels import COMPUTE, load_weight, row_offset, tile, tile_mask
 from tilewright.ops.rms_norm.launch import SumBlock, backward_block, row_block, sum_block
 from tilewright.ops.rows import Rows, contiguous_twin, rows
 from tilewright.platforms import facts
@@ -355,7 +355,7 @@ def _in_two_passes(
 ) -> Runner:  # fmt: skip
     where, compute = inputs.grad.device, call.compute_dtype
     block = row_block(call.n_cols, inputs.grad.element_size(), device, "residual")
-    programs = program_count(call.n_rows, block.rows, "rms_norm")
+    programs = check_programs(block.programs(call.n_rows), "rms_norm", "x")
     tail = (
         *(stride for pair in strides for stride in pair),
         call.n_rows,

@@ -14,6 +14,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from tilewright.dispatch.launch import power_of_2
+
 if TYPE_CHECKING:
     from tilewright.platforms import DeviceFacts
 
@@ -24,7 +26,6 @@ _THREADS_PER_WARP = 32
 _SMALL_TILE_WARPS = 4
 _FEW_PROGRAMS_PER_UNIT = 2
 _CPU_CHUNK = 1024
-_CPU_TILE = 4096
 
 _WARPS = {
     "plain": ((4096, 1), (16384, 4), (32768, 8), (131072, 16)),
@@ -57,6 +58,10 @@ class RowBlock:
     resident: bool
     num_warps: int
     registers: int | None = None
+
+    def programs(self, n_rows: int) -> int:
+        """How many programs so many rows take."""
+        return -(-n_rows // self.rows)
 
     def preloads(self, programs: int, device: DeviceFacts, *, light: bool) -> bool:
         """Whether the weight is loaded together with the rows: that is sooner, but leaves room for fewer programs.
@@ -94,7 +99,7 @@ def row_block(n_cols: int, itemsize: int, device: DeviceFacts, kind: str = "plai
     vector = min(VECTOR_BYTES // itemsize, max(width, 2))
     if device.kind == "cpu":  # a row stays in the cache, and one body for all chunks compiles faster than many
         chunk = max(min(width, _CPU_CHUNK), vector)
-        return RowBlock(max(1, _CPU_TILE // chunk // 4), chunk, vector, resident=False, num_warps=1)
+        return RowBlock(max(1, _CPU_CHUNK // chunk), chunk, vector, resident=False, num_warps=1)
     table = _WARPS[kind]
     num_warps = next((warps for most, warps in table if n_cols * itemsize <= most), table[-1][1])
     chunk = num_warps * _THREADS_PER_WARP * vector
@@ -104,11 +109,6 @@ def row_block(n_cols: int, itemsize: int, device: DeviceFacts, kind: str = "plai
     resident = n_cols * itemsize <= table[-1][0]
     registers = _REGISTERS.get(num_warps) if kind == "plain" else None
     return RowBlock(1, chunk, vector, resident, num_warps, registers)
-
-
-def power_of_2(n: int) -> int:
-    """The smallest power of two that is at least ``n``."""
-    return 1 << (n - 1).bit_length()
 
 
 @dataclass(frozen=True)

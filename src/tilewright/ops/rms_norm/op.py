@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from tilewright.dispatch import Described, Implementation, Supported, select, triton_verdict
+from tilewright.dispatch import Described, Implementation, select, serves_anywhere, serves_where_triton_runs
 from tilewright.dispatch.eager import PlanCache, metadata
 from tilewright.errors import ArgumentError, DTypeError
 from tilewright.ops.rms_norm import reference
@@ -19,9 +19,7 @@ from tilewright.ops.rms_norm.call import GradInputs, Inputs, Options, Planner, d
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from tilewright.dispatch import Verdict
     from tilewright.ops.rms_norm.call import RmsNormCall, Runner, Tensors
-    from tilewright.platforms import DeviceFacts
 
     Optional = torch.Tensor | None
     Gradients = tuple[Optional, Optional, Optional]
@@ -75,17 +73,9 @@ def _load_triton() -> Planner:
     return PLANNER
 
 
-def _reference_supports(device: DeviceFacts, dtypes: tuple[torch.dtype, ...], shape: RmsNormCall) -> Verdict:
-    return Supported("plain PyTorch, runs on every device")
-
-
-def _triton_supports(device: DeviceFacts, dtypes: tuple[torch.dtype, ...], shape: RmsNormCall) -> Verdict:
-    return triton_verdict(device)
-
-
 IMPLEMENTATIONS = (
-    Implementation("triton", _load_triton, _triton_supports),
-    Implementation("reference", _load_reference, _reference_supports),
+    Implementation("triton", _load_triton, serves_where_triton_runs),
+    Implementation("reference", _load_reference, serves_anywhere),
 )
 
 _PLANS: PlanCache[Runner] = PlanCache()

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 
 from tilewright.dispatch import Operation
 from tilewright.dispatch.eager import record, unobserved
-from tilewright.dispatch.selection import override
+from tilewright.dispatch.selection import bound, override
 from tilewright.errors import ArgumentError, DTypeError
 from tilewright.ops.rope.call import Inputs, Options, argument, check_writable, describe, refuse_table_gradients
 from tilewright.ops.rope.op import IMPLEMENTATIONS, described, rotate, run_registered, tail
@@ -438,16 +437,10 @@ def _transposed(
 
 def _describe(function: Callable[..., Any]) -> Callable[..., Described]:
     """How an explanation reads the arguments of a public function."""
-    signature = inspect.signature(function)
     name = function.__name__
 
     def describe(*args: Any, **kwargs: Any) -> Described:
-        try:
-            bound = signature.bind(*args, **kwargs)
-        except TypeError as error:
-            raise DTypeError("explain", name, str(error)) from error
-        bound.apply_defaults()
-        given = bound.arguments
+        given = bound(function, args, kwargs)
         offset, starts = (0, None) if given["offsets"] is None else _split(name, given["offsets"])
         cos, sin = (_flat(given["angles"]), None) if "angles" in given else (given["cos"], given["sin"])
         q, k = (given["x"], None) if "x" in given else (given["q"], given["k"])

@@ -16,8 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from tilewright.dispatch.launch import BoundKernel
-from tilewright.errors import ArgumentError
+from tilewright.dispatch.launch import BoundKernel, check_programs
 from tilewright.ops.rope.call import LAYOUTS, Inputs
 from tilewright.ops.rope.launch import launch_parameters
 
@@ -27,7 +26,6 @@ if TYPE_CHECKING:
 # A Triton that lacks one of these fails here, at import, where dispatch takes note, and not at a launch.
 _NEEDED = (tl.join, tl.split, tl.reshape, tl.where, tl.zeros_like, tl.cos, tl.sin, triton.next_power_of_2)
 _COMPUTE = {torch.float32: tl.float32, torch.float64: tl.float64}
-_MAX_PROGRAMS = 2**31 - 1
 
 
 @triton.jit
@@ -278,8 +276,7 @@ def plan(call: RopeCall, inputs: Inputs, outputs: Outputs) -> Runner:
     programs = call.batch * -(-call.seqlen // block.tokens) * n_tiles
     if programs == 0:
         return lambda tensors, offset: None
-    if programs > _MAX_PROGRAMS:
-        raise ArgumentError("rope", "q", f"needs {programs} programs; one launch has at most {_MAX_PROGRAMS}")
+    check_programs(programs, "rope", "q")
     if inputs.sin is not None and inputs.sin.stride() != inputs.cos.stride():
         return _with_equal_tables(call, inputs, outputs)
     in_place = outputs[0] is q

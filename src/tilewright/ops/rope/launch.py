@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from tilewright.dispatch.launch import power_of_2
 from tilewright.ops.rope.call import LAYOUTS
 
 if TYPE_CHECKING:
@@ -37,8 +38,8 @@ class Block:
 def launch_parameters(call: RopeCall, x: torch.Tensor) -> Block:
     """Cover BYTES_PER_PROGRAM of contiguous memory: heads first where heads lie closest, else tokens first."""
     axes = LAYOUTS[call.options.layout]
-    rows = max(1, BYTES_PER_PROGRAM // (_power_of_2(call.head_dim) * x.element_size()))
-    most_tokens = _power_of_2(max(call.seqlen, 1))
+    rows = max(1, BYTES_PER_PROGRAM // (power_of_2(call.head_dim) * x.element_size()))
+    most_tokens = power_of_2(max(call.seqlen, 1))
     if x.stride(axes.head) <= x.stride(axes.token) or call.seqlen == 1:
         heads = _heads(call, rows)
         tokens = min(rows // heads, most_tokens)
@@ -50,7 +51,7 @@ def launch_parameters(call: RopeCall, x: torch.Tensor) -> Block:
 
 def _heads(call: RopeCall, most: int) -> int:
     """The most heads, a power of two up to ``most``, whose tiles of q and of k together are hardly ever empty."""
-    heads = min(most, _power_of_2(max(call.n_q_heads, call.n_k_heads, 1)))
+    heads = min(most, power_of_2(max(call.n_q_heads, call.n_k_heads, 1)))
     wanted = call.n_q_heads + call.n_k_heads
     while heads > 1:
         covered = sum(-(-n // heads) * heads for n in (call.n_q_heads, call.n_k_heads))
@@ -58,8 +59,3 @@ def _heads(call: RopeCall, most: int) -> int:
             break
         heads //= 2
     return heads
-
-
-def _power_of_2(n: int) -> int:
-    """The smallest power of two that is at least ``n``."""
-    return 1 << (n - 1).bit_length()

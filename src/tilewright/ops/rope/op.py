@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from tilewright.dispatch import Described, Implementation, Supported, select, triton_verdict
+from tilewright.dispatch import Described, Implementation, select, serves_anywhere, serves_where_triton_runs
 from tilewright.dispatch.eager import PlanCache, metadata
 from tilewright.errors import ArgumentError
 from tilewright.ops.rope.call import (
@@ -27,9 +27,7 @@ from tilewright.ops.rope.call import (
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from tilewright.dispatch import Verdict
     from tilewright.ops.rope.call import Outputs, Planner, RopeCall, Runner
-    from tilewright.platforms import DeviceFacts
 
     Strides = tuple[int, ...] | None
 
@@ -54,17 +52,9 @@ def _load_triton() -> Planner:
     return plan
 
 
-def _reference_supports(device: DeviceFacts, dtypes: tuple[torch.dtype, ...], shape: RopeCall) -> Verdict:
-    return Supported("plain PyTorch, runs on every device")
-
-
-def _triton_supports(device: DeviceFacts, dtypes: tuple[torch.dtype, ...], shape: RopeCall) -> Verdict:
-    return triton_verdict(device)
-
-
 IMPLEMENTATIONS = (
-    Implementation("triton", _load_triton, _triton_supports),
-    Implementation("reference", _load_reference, _reference_supports),
+    Implementation("triton", _load_triton, serves_where_triton_runs),
+    Implementation("reference", _load_reference, serves_anywhere),
 )
 
 
