@@ -3,27 +3,30 @@
 A program quantises ``BLOCK_M`` rows in chunks, as RMSNorm's kernel normalises them and with its functions: what is
 quantised in the same launch has the same bits as what RMSNorm returns. Each thread finds the largest magnitude of the
 elements it holds side by side, so that a group takes few exchanges between threads.
-
-Division by a scale is exact where the policy divides. Its quotient is ``x * high + x * low``, with ``high + low`` the
-reciprocal to twice the precision and ``high`` so short that its product with a 16-bit ``x`` is exact: one product and
-one multiply-add for each element instead of the eight or so instructions of a division. For float32 ``x`` the product
-with the reciprocal is corrected by its remainder (P. Markstein, "Computation of elementary functions on the IBM RISC
-System/6000 processor", 1990).
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import torch
 import triton
 import triton.language as tl
-from triton.language.extra import libdevice
 
 from tilewright.dispatch.launch import BoundKernel, check_programs
 from tilewright.ops.quant_fp8.kernels_dequant import as_bytes
+from tilewright.ops.quant_fp8.kernels_format import (
+    GROUP_SIZE,
+    ROUNDS_INPUT,
+    constants_of,
+    factors,
+    larger,
+    quantise_by,
+    quantise_given,
+    quantise_groups,
+    scale_of,
+    store_scales,
+)
 from tilewright.ops.rms_norm.kernels import (
-    inverse_rms,
     load_summed,
     load_weight,
     normalised,
@@ -39,24 +42,11 @@ from tilewright.platforms import facts
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    import torch
+
     from tilewright.ops.quant_fp8.call import Inputs, QuantCall
     from tilewright.ops.quant_fp8.format import QuantFormat
     from tilewright.ops.rms_norm.call import Runner, Tensors
-    from tilewright.platforms import DeviceFacts
-
-# A Triton that lacks one of these fails here, at import, where dispatch takes note, and not at a launch.
-_NEEDED = (inverse_rms, libdevice.fast_dividef, tl.PropagateNan.ALL, tl.reduce)
-
-# What a FORMAT holds, a tuple that is settled when compiling: the group size, 0 per token, -1 for a given scale; how
-# the scale is kept ("fp32"; "power" of two in fp32; "bytes"); whether to divide; whether the input is rounded; the
-# maximum; the floors of amax, scale and rounded scale; whether to clamp; scales to a word; bits of ``high``.
-_MANTISSA = {torch.bfloat16: 8, torch.float16: 11}
-"""Bits of the mantissa of 16-bit dtypes."""
-
-
-@triton.jit
-def _larger(a, b):
-    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
@@ -80,143 +70,12 @@ def _source(
 
 
 @triton.jit
-def _scale_of(amax, FORMAT: tl.constexpr):
-    """The scale of groups from their largest magnitudes, of any shape, as ``reference.scales`` defines it."""
-    MAXIMUM: tl.constexpr = FORMAT[4]
-    amax = tl.maximum(amax, FORMAT[5], propagate_nan=tl.PropagateNan.ALL)
-    maximum = tl.full(amax.shape, MAXIMUM, tl.float32)
-    scale = amax * (1.0 / MAXIMUM)  # corrected by its remainder: amax / maximum, rounded once
-    corrected = tl.fma(tl.fma(-scale, maximum, amax), tl.full(amax.shape, 1.0 / MAXIMUM, tl.float32), scale)
-    scale = tl.where(amax == float("inf"), amax, corrected)
-    scale = tl.maximum(scale, FORMAT[6], propagate_nan=tl.PropagateNan.ALL)
-    if FORMAT[1] != "fp32":
-        scale = tl.maximum(scale, FORMAT[7], propagate_nan=tl.PropagateNan.ALL)
-        bits = scale.to(tl.int32, bitcast=True)
-        rounded = ((bits + 0x7FFFFF) & 0x7F800000).to(tl.float32, bitcast=True)
-        scale = tl.where(bits < 0x7F800000, rounded, scale)
-    return scale
-
-
-@triton.jit
-def _factors(scale, FORMAT: tl.constexpr):
-    """Two factors of an element for its division by ``scale``; see the top of this file.
-
-    FORMAT[10] bits of the reciprocal's mantissa are ``high``, or all of it where that is 24.
-    """
-    one = tl.full(scale.shape, 1.0, tl.float32)
-    reciprocal = libdevice.fast_dividef(one, scale)
-    if FORMAT[2] and FORMAT[10] < 24 and FORMAT[1] == "fp32":
-        MASK: tl.constexpr = -(1 << (24 - FORMAT[10]))
-        high = (reciprocal.to(tl.int32, bitcast=True) & MASK).to(tl.float32, bitcast=True)
-        low = tl.fma(-scale, high, one) * reciprocal
-        low = tl.where(scale == float("inf"), 0.0, low)
-    else:
-        high = tl.fma(reciprocal, tl.fma(-scale, reciprocal, one), reciprocal)
-        high = tl.where(scale == float("inf"), 0.0, high)
-        low = -scale
-    return high, low
-
-
-@triton.jit
-def _applied(x, high, low, FORMAT: tl.constexpr):
-    """``x / scale`` or ``x * (1 / scale)``; all of one shape."""
-    if not FORMAT[2] or FORMAT[1] != "fp32":  # a power of two has an exact reciprocal
-        q = x * high
-    elif FORMAT[10] < 24:
-        q = x * high
-        if FORMAT[0] < 0:  # under a given scale an infinite x is no reason for the scale to be infinite
-            corrected = tl.fma(x, low, q)
-            q = tl.where(tl.abs(corrected) < float("inf"), corrected, q)
-        else:
-            q = tl.fma(x, low, q)
-    else:
-        q = x * high
-        corrected = tl.fma(tl.fma(q, low, x), high, q)
-        q = tl.where((tl.abs(corrected) < float("inf")) & (q != 0), corrected, q)  # a zero keeps its sign
-    return q
-
-
-@triton.jit
-def _store_values(
-    values_ptr, q, row, row_mask, column, N_COLS: tl.constexpr, FORMAT: tl.constexpr, CHUNK: tl.constexpr
-):  # fmt: skip
-    """Clamp, convert and store one chunk of values [BLOCK_M, CHUNK]."""
-    if FORMAT[8]:
-        q = tl.clamp(q, -FORMAT[4], FORMAT[4], propagate_nan=tl.PropagateNan.ALL)
-    q = q.to(values_ptr.dtype.element_ty)
-    tl.store(values_ptr + tile(row * N_COLS, column), q, tile_mask(row_mask, column, N_COLS, CHUNK))
-
-
-@triton.jit
-def _store_scales(scale_ptr, scale, row, row_mask, group, mask, stride_row, stride_group, FORMAT: tl.constexpr):
-    """Scales [BLOCK_M, K] of the groups [K], as float32 or as exponents, one of them for each that ``mask`` keeps."""
-    if FORMAT[1] == "bytes":
-        value = (scale.to(tl.int32, bitcast=True) >> 23).to(tl.uint8)
-        PACK: tl.constexpr = FORMAT[9]
-        column = (group // PACK) * stride_group + group % PACK
-    else:
-        value = scale
-        column = group * stride_group
-    tl.store(scale_ptr + row[:, None] * stride_row + column[None, :], value, row_mask[:, None] & mask[None, :])
-
-
-@triton.jit
-def _quantise_groups(
-    values_ptr, scale_ptr, y, row, row_mask, start, stride_scale_row, stride_scale_group,
-    N_COLS: tl.constexpr, FORMAT: tl.constexpr,
-    BLOCK_M: tl.constexpr, CHUNK: tl.constexpr, VECTOR: tl.constexpr,
-):  # fmt: skip
-    """Quantise one chunk ``y [BLOCK_M, CHUNK]`` that begins with column ``start``, by groups."""
-    GROUP: tl.constexpr = min(FORMAT[0], CHUNK)
-    PARTS: tl.constexpr = GROUP // VECTOR
-    N_GROUPS: tl.constexpr = CHUNK // GROUP
-    pieces = tl.reshape(y, (BLOCK_M, CHUNK // VECTOR, VECTOR))
-    largest = tl.reduce(tl.abs(pieces), 2, _larger)  # of what a thread holds side by side
-    amax = tl.reduce(tl.reshape(largest, (BLOCK_M, N_GROUPS, PARTS)), 2, _larger)
-    scale = _scale_of(amax, FORMAT)
-    high, low = _factors(scale, FORMAT)
-    # One of everything for each piece: what belongs to an element lies in the thread that holds it.
-    scale = tl.reshape(tl.broadcast_to(scale[:, :, None], (BLOCK_M, N_GROUPS, PARTS)), (BLOCK_M, N_GROUPS * PARTS))
-    high = tl.reshape(tl.broadcast_to(high[:, :, None], (BLOCK_M, N_GROUPS, PARTS)), (BLOCK_M, N_GROUPS * PARTS, 1))
-    low = tl.reshape(tl.broadcast_to(low[:, :, None], (BLOCK_M, N_GROUPS, PARTS)), (BLOCK_M, N_GROUPS * PARTS, 1))
-    q = _applied(
-        pieces, tl.broadcast_to(high, pieces.shape), tl.broadcast_to(low, pieces.shape), FORMAT
-    )  # fmt: skip
-    piece = tl.arange(0, N_GROUPS * PARTS)
-    first = (piece % PARTS == 0) & (start + piece * VECTOR < N_COLS)
-    group = start // FORMAT[0] + piece // PARTS
-    _store_scales(scale_ptr, scale, row, row_mask, group, first, stride_scale_row, stride_scale_group, FORMAT)
-    column = start + tl.arange(0, CHUNK)
-    _store_values(values_ptr, tl.reshape(q, (BLOCK_M, CHUNK)), row, row_mask, column, N_COLS, FORMAT, CHUNK)
-
-
-@triton.jit
-def _quantise_by(
-    values_ptr, y, high, low, row, row_mask, column,
-    N_COLS: tl.constexpr, FORMAT: tl.constexpr, CHUNK: tl.constexpr,
-):  # fmt: skip
-    """Quantise one chunk by factors [BLOCK_M] of its rows."""
-    shape: tl.constexpr = y.shape
-    q = _applied(
-        y, tl.broadcast_to(high[:, None], shape), tl.broadcast_to(low[:, None], shape), FORMAT
-    )  # fmt: skip
-    _store_values(values_ptr, q, row, row_mask, column, N_COLS, FORMAT, CHUNK)
-
-
-@triton.jit
-def _quantise_given(
-    values_ptr, y, scale, row, row_mask, column, N_COLS: tl.constexpr, FORMAT: tl.constexpr, CHUNK: tl.constexpr
-):  # fmt: skip
-    """Quantise one chunk by a given scale, which may be any number."""
-    scales = tl.full(y.shape, scale, tl.float32)
-    if (tl.abs(scale) >= 1.1754943508222875e-38) & (tl.abs(scale) <= 8.507059173023462e37):  # its reciprocal is normal
-        high, low = _factors(tl.full((1,), scale, tl.float32), FORMAT)
-        q = _applied(y, tl.broadcast_to(high[:, None], y.shape), tl.broadcast_to(low[:, None], y.shape), FORMAT)
-    elif FORMAT[2]:
-        q = tl.div_rn(y, scales)
-    else:
-        q = y * tl.div_rn(tl.full(y.shape, 1.0, tl.float32), scales)
-    _store_values(values_ptr, q, row, row_mask, column, N_COLS, FORMAT, CHUNK)
+def _input(rounded, exact, FORMAT: tl.constexpr):
+    """What a format quantises."""
+    y = rounded
+    if not FORMAT[ROUNDS_INPUT]:
+        y = exact
+    return y
 
 
 @triton.jit
@@ -225,27 +84,23 @@ def _quantise_chunk(
     N_COLS: tl.constexpr, FORMAT: tl.constexpr, BLOCK_M: tl.constexpr, CHUNK: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     """Quantise one chunk by groups or by a given scale; per token is done when the whole row is known."""
-    y = rounded
-    if not FORMAT[3]:
-        y = exact
-    if FORMAT[0] > 0:
-        _quantise_groups(
+    y = _input(rounded, exact, FORMAT)
+    if FORMAT[GROUP_SIZE] > 0:
+        quantise_groups(
             values_ptr, scale_ptr, y, row, row_mask, start, stride_row, stride_group, N_COLS, FORMAT,
             BLOCK_M, CHUNK, VECTOR,
         )  # fmt: skip
-    elif FORMAT[0] < 0:
+    elif FORMAT[GROUP_SIZE] < 0:
         column = start + tl.arange(0, CHUNK)
-        _quantise_given(values_ptr, y, given_scale, row, row_mask, column, N_COLS, FORMAT, CHUNK)
+        quantise_given(values_ptr, y, given_scale, row, row_mask, column, N_COLS, FORMAT, CHUNK)
 
 
 @triton.jit
 def _seen(largest, rounded, exact, FORMAT: tl.constexpr):
     """The largest magnitudes of a row so far, [BLOCK_M, CHUNK], of a format per token."""
-    if FORMAT is not None and FORMAT[0] == 0:
-        y = rounded
-        if not FORMAT[3]:
-            y = exact
-        largest = _larger(largest, tl.abs(y))
+    if FORMAT is not None and FORMAT[GROUP_SIZE] == 0:
+        y = _input(rounded, exact, FORMAT)
+        largest = larger(largest, tl.abs(y))
     return largest
 
 
@@ -295,25 +150,25 @@ def _first_pass(
 @triton.constexpr_function
 def _any_exact(*formats):
     """Whether some format quantises what is not rounded."""
-    return any(f is not None and not f[3] for f in formats)
+    return any(f is not None and not f[ROUNDS_INPUT] for f in formats)
 
 
 @triton.constexpr_function
 def _any_per_token(*formats):
     """Whether some format has one scale for a row."""
-    return any(f is not None and f[0] == 0 for f in formats)
+    return any(f is not None and f[GROUP_SIZE] == 0 for f in formats)
 
 
 @triton.jit
 def _row_scale(scale_ptr, largest, row, row_mask, stride_row, FORMAT: tl.constexpr):
     """The factors of rows per token, each [BLOCK_M]; stores their scales."""
-    high = tl.reduce(largest, 1, _larger)
+    high = tl.reduce(largest, 1, larger)
     low = high
-    if FORMAT is not None and FORMAT[0] == 0:
-        scale = _scale_of(high, FORMAT)
-        high, low = _factors(scale, FORMAT)
+    if FORMAT is not None and FORMAT[GROUP_SIZE] == 0:
+        scale = scale_of(high, FORMAT)
+        high, low = factors(scale, FORMAT)
         one = tl.arange(0, 1)
-        _store_scales(scale_ptr, scale[:, None], row, row_mask, one, one == 0, stride_row, 1, FORMAT)
+        store_scales(scale_ptr, scale[:, None], row, row_mask, one, one == 0, stride_row, 1, FORMAT)
     return high, low
 
 
@@ -334,11 +189,11 @@ def _second_pass(
     exact = rounded
     if _any_exact(FORMAT_0, FORMAT_1, FORMAT_2):
         exact = _source(x_ptr, x_row, column, mask, kept, rstd, weight, N_COLS, SOURCE, WEIGHT_OFFSET, False, DTYPE)
-    if FORMAT_0[0] == 0:
+    if FORMAT_0[GROUP_SIZE] == 0:
         _quantise_row(values_0_ptr, rounded, exact, high_0, low_0, row, row_mask, column, N_COLS, FORMAT_0, CHUNK)
-    if FORMAT_1 is not None and FORMAT_1[0] == 0:
+    if FORMAT_1 is not None and FORMAT_1[GROUP_SIZE] == 0:
         _quantise_row(values_1_ptr, rounded, exact, high_1, low_1, row, row_mask, column, N_COLS, FORMAT_1, CHUNK)
-    if FORMAT_2 is not None and FORMAT_2[0] == 0:
+    if FORMAT_2 is not None and FORMAT_2[GROUP_SIZE] == 0:
         _quantise_row(values_2_ptr, rounded, exact, high_2, low_2, row, row_mask, column, N_COLS, FORMAT_2, CHUNK)
 
 
@@ -347,10 +202,8 @@ def _quantise_row(
     values_ptr, rounded, exact, high, low, row, row_mask, column,
     N_COLS: tl.constexpr, FORMAT: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    y = rounded
-    if not FORMAT[3]:
-        y = exact
-    _quantise_by(values_ptr, y, high, low, row, row_mask, column, N_COLS, FORMAT, CHUNK)
+    y = _input(rounded, exact, FORMAT)
+    quantise_by(values_ptr, y, high, low, row, row_mask, column, N_COLS, FORMAT, CHUNK)
 
 
 @triton.jit
@@ -492,7 +345,7 @@ def plan(call: QuantCall, inputs: Inputs, outputs: Sequence[torch.Tensor]) -> Ru
         seen.inner > 1,
         tuple(map(alignment, strides)),
         preloads,
-        *(None if f is None else _constants(call, f, device) for f in (*call.formats, None, None)[:3]),
+        *(None if f is None else constants_of(call, f, device) for f in (*call.formats, None, None)[:3]),
         block.rows,
         block.chunk,
         block.vector,
@@ -534,25 +387,3 @@ def _scale_strides(f: QuantFormat | None, scale: torch.Tensor | None) -> tuple[i
     row = scale.stride(-2) if scale.dim() > 1 else 0
     group = scale.stride(-1)
     return (4 * row, 4 * group) if f.is_packed else (row, group)
-
-
-def _constants(call: QuantCall, f: QuantFormat, device: DeviceFacts) -> tuple[Any, ...]:
-    """A format as the kernel's constant tuple."""
-    policy = f.arithmetic
-    assert f.dtype is not None
-    maximum = float(policy.maximum_of(f.dtype))
-    kind = {"fp32": "fp32", "ue8m0_fp32": "power"}.get(f.scale_format, "bytes")
-    short = call.dtype in _MANTISSA and policy.round_input
-    return (
-        -1 if call.static else f.group_size or 0,
-        kind,
-        policy.apply == "divide",
-        policy.round_input,
-        maximum,
-        float(policy.amax_floor),
-        float(policy.scale_floor),
-        float(policy.ue8m0_floor),
-        not device.fp8_saturates or maximum != torch.finfo(f.dtype).max,
-        4 if f.is_packed else 1,
-        24 - _MANTISSA[call.dtype] if short else 24,
-    )
