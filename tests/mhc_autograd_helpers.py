@@ -1,6 +1,7 @@
 """What the tests of hyper-connections' gradients and of their operators share: calls whose tensors all are leaves."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -46,6 +47,12 @@ def call(target, function, tensors, **kwargs):
     if function == "mhc_expand":
         kwargs["hc_mult"] = N
     return as_tuple(serve(target, getattr(tilewright, function), **tensors, **kwargs))
+
+
+def by_reference(function):
+    """The function itself, served by the reference, whatever dtype the tensors have."""
+    kwargs = {"hc_mult": N} if function == "mhc_expand" else {}
+    return partial(getattr(tilewright, function), impl="reference", **kwargs)
 
 
 def as_tuple(result):

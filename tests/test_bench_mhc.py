@@ -253,6 +253,15 @@ def test_peers_say_what_they_cannot_do() -> None:
         assert provider.available(CPU) == "runs on accelerators only"
 
 
+def test_sums_on_tensor_cores_are_rounded_toward_zero() -> None:
+    fine = 2.0**-23  # between float32 numbers beside 1
+    rows = torch.tensor([[1, 0.75 * fine, 0.75 * fine, 0.75 * fine], [-1, -0.75 * fine, 0, 2 * fine]])
+    multiply = mhc.on_tensor_cores(2, lambda grad: grad)
+    assert multiply(rows, torch.ones(1, 4)).tolist() == [[1 + fine], [-1 + 2 * fine]]
+    multiply = mhc.on_tensor_cores(1, lambda grad: grad)
+    assert multiply(rows, torch.ones(1, 4)).tolist() == [[1.0], [-1 + 2 * fine]]
+
+
 def test_tf32_is_rounded_to_nearest() -> None:
     x = torch.randn(10_000, generator=torch.Generator().manual_seed(0))
     assert torch.equal(mhc.to_tf32(x), tf32(x))

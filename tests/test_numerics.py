@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from tilewright.numerics import REFERENCE_ERRORS, compare, compare_curves
+from tilewright.numerics import FEW, REFERENCE_ERRORS, compare, compare_curves
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
 
@@ -60,13 +60,23 @@ def test_the_budget_grows_with_the_references_own_error():
 
 @pytest.mark.parametrize("reduced", [1, 4, 16])
 def test_reductions_scale_with_the_square_root(reduced):
-    truth = torch.ones(8, dtype=torch.float64)
+    truth = torch.ones(FEW, dtype=torch.float64)
     eps = torch.finfo(torch.float32).eps
-    inside, outside = torch.ones(8), torch.ones(8)
+    inside, outside = torch.ones(FEW), torch.ones(FEW)
     inside[0] += math.sqrt(reduced) * eps
     outside[0] += (math.sqrt(reduced) + 1) * eps
-    assert compare(inside, torch.ones(8), truth, reduced=reduced).ok
-    assert not compare(outside, torch.ones(8), truth, reduced=reduced).ok
+    assert compare(inside, torch.ones(FEW), truth, reduced=reduced).ok
+    assert not compare(outside, torch.ones(FEW), truth, reduced=reduced).ok
+
+
+@pytest.mark.parametrize("n", [1, FEW - 1, FEW])
+def test_few_numbers_that_are_right_by_luck(n):
+    """One rounding is half a unit: twice that, and the unit that every result has, are two steps beside 1."""
+    eps = torch.finfo(torch.float32).eps
+    exact = torch.ones(n)
+    steps = 2 if n < FEW else 1
+    assert compare(exact + steps * eps, exact, exact.double()).ok
+    assert not compare(exact + (steps + 1) * eps, exact, exact.double()).ok
 
 
 def test_a_truth_of_zero_asks_for_zero():

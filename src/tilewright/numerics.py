@@ -5,10 +5,11 @@ that the reference itself makes in that precision, plus one rounding of the outp
 
     |result - truth| <= 2 * max|reference - truth| + eps(dtype) * |truth|
 
-Nothing is more precise than float64 here, so a float64 reference is taken to be off by half a unit in the last place
-of the largest value. A result that sums ``reduced`` rows may be off by ``sqrt(reduced)`` times as much, because its
-order of summation is its own. FP8 codes are compared as codes (:func:`compare_codes`). No other tolerance exists in the
-project.
+Nothing is more precise than float64 here, so a float64 reference is taken to be off by half a unit in the last place of
+the largest value, which is what one rounding may make. So is a reference of fewer than :data:`FEW` numbers: where it is
+nearer to the truth it may have been lucky, and says little about how near one comes. A result that sums ``reduced``
+rows may be off by ``sqrt(reduced)`` times as much, because its order of summation is its own. FP8 codes are compared as
+codes (:func:`compare_codes`). No other tolerance exists in the project.
 """
 
 from __future__ import annotations
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
 
 REFERENCE_ERRORS = 2.0
 """How many times the reference's own error a result may be off."""
+
+FEW = 16
+"""Numbers of which the largest error is no good sample."""
 
 
 @dataclass(frozen=True)
@@ -73,8 +77,9 @@ def compare(result: torch.Tensor, reference: torch.Tensor, truth: torch.Tensor, 
     reference_error = (reference.double() - truth).abs().masked_fill(~finite, 0.0).max()
     scale = math.sqrt(reduced)
     eps = torch.finfo(result.dtype).eps
-    if result.dtype == torch.float64:
-        reference_error = 0.5 * eps * truth.abs().masked_fill(~finite, 0.0).max()
+    if result.dtype == torch.float64 or truth.numel() < FEW:
+        rounding = 0.5 * eps * truth.abs().masked_fill(~finite, 0.0).max()
+        reference_error = torch.maximum(reference_error, rounding)
     budget = scale * (REFERENCE_ERRORS * reference_error + eps * truth.abs().masked_fill(~finite, 0.0))
     # Where even the budget is zero, an exact result is asked for: 0 / 0 counts as none of the budget used.
     used = torch.where(error > 0, error / budget, torch.zeros_like(error))

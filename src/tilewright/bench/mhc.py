@@ -1,8 +1,8 @@
 """Who computes hyper-connections, for the benchmark, and what each is judged against.
 
 Everyone is held against the definition in float64. What ``fn`` is rounded to decides how good mixes can be, so each is
-held against the definition of the weights that he multiplies with; and a backward that rounds on its way is allowed the
-error of plain PyTorch that rounds in the same places.
+held against the definition of the weights that he multiplies with; and who rounds on his way, in long sums on tensor
+cores or in a backward, is allowed the error of plain PyTorch that rounds in the same places.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from tilewright.ops.contract import Workload
 
     Change = Callable[[torch.Tensor], torch.Tensor]
+    Product = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 CHUNK = 2**26
 """Elements of streams whose truth is computed at a time: half a gibibyte of them in float64."""
@@ -112,6 +113,11 @@ def _as_it_is(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
+def product(rows: torch.Tensor, fn: torch.Tensor) -> torch.Tensor:
+    """Streams [T, n * H] times weights [M, n * H], in the streams' dtype: [T, M]."""
+    return rows @ fn.to(rows.dtype).T
+
+
 def plain(task: Task, **steps: Any) -> Callable[..., Any]:
     """The task's function as one writes it in PyTorch.
 
@@ -156,7 +162,7 @@ def plain_pre(
     base: torch.Tensor,
     *,
     apart: bool = False,
-    product: Change = _as_it_is,
+    product: Product = product,
     **options: Any,
 ) -> Tensors:
     """The mixes with which a layer's output goes back, and its input.
@@ -167,7 +173,7 @@ def plain_pre(
         scale: [3].
         base: [n * (n + 2)].
         apart: the streams are widened anew for each use, so that the gradient of each is rounded by itself.
-        product: is applied to the product of ``fn`` and the streams.
+        product: how streams and ``fn`` are multiplied.
         **options: those of the public function.
     """
     given, n = Options(**options), residual.shape[1]
@@ -208,7 +214,7 @@ def plain_head(
     rms_eps: float = Options().rms_eps,
     eps: float = Options().pre_eps,
     apart: bool = False,
-    product: Change = _as_it_is,
+    product: Product = product,
 ) -> torch.Tensor:
     """The streams collapsed.
 
@@ -228,10 +234,10 @@ def plain_head(
     return (gate.unsqueeze(-1) * collapsed).sum(1).to(residual.dtype)
 
 
-def _mixes(streams: torch.Tensor, fn: torch.Tensor, eps: float, product: Change) -> torch.Tensor:
+def _mixes(streams: torch.Tensor, fn: torch.Tensor, eps: float, product: Product) -> torch.Tensor:
     rows = streams.flatten(1)
     rstd = torch.rsqrt(rows.square().mean(1, keepdim=True) + eps)
-    return product(rows @ fn.to(rows.dtype).T) * rstd
+    return product(rows, fn) * rstd
 
 
 class _RoundedGradient(torch.autograd.Function):
@@ -259,6 +265,34 @@ def rounding_gradient(rounding: Change) -> Change:
         return result
 
     return passed
+
+
+def on_tensor_cores(depth: int, rounding: Change) -> Product:
+    """A product as long sums on tensor cores are: ``depth`` products are added to it at a time, and each sum is rounded
+    toward zero to float32 (Fasi et al., Numerical behavior of NVIDIA tensor cores, 2021). Its gradient is rounded.
+
+    Args:
+        depth: products that one instruction adds up.
+        rounding: of the gradient.
+    """
+
+    def multiply(rows: torch.Tensor, fn: torch.Tensor) -> torch.Tensor:
+        plain = product(rows, fn)
+        with torch.no_grad():
+            total = torch.zeros_like(plain, dtype=torch.float64)
+            for start in range(0, rows.shape[1], depth):
+                at = slice(start, start + depth)
+                total = _toward_zero(total + product(rows[:, at].double(), fn[:, at]))
+            lost = total.to(plain.dtype) - plain
+        return rounding_gradient(rounding)(plain + lost)
+
+    return multiply
+
+
+def _toward_zero(x: torch.Tensor) -> torch.Tensor:
+    """The nearest float32 numbers that are no further from zero, in float64."""
+    near = x.float()
+    return torch.where(near.double().abs() > x.abs(), near.nextafter(torch.zeros_like(near)), near).double()
 
 
 def to_tf32(x: torch.Tensor) -> torch.Tensor:
@@ -320,7 +354,14 @@ def with_fn(task: Task, weights: Change) -> Task:
     return replace(task, args=(*task.args[:at], changed, *task.args[at + 1 :]))
 
 
-def judge_halves(weights: Change, task: Task, results: Tensors, expected: Tensors, truth: Tensors) -> str:
+def judge_halves(
+    weights: Change,
+    by: Callable[[Task], Tensors],
+    task: Task,
+    results: Tensors,
+    expected: Tensors,
+    truth: Tensors,
+) -> str:
     """Why results of ``mhc_post_pre`` are wrong; empty if they are right.
 
     The second half is held against ``mhc_pre`` of the streams that came, so that a rounding of theirs that fell the
@@ -330,7 +371,7 @@ def judge_halves(weights: Change, task: Task, results: Tensors, expected: Tensor
     if wrong:
         return wrong
     second = with_fn(replace(task, function=PRE, args=(results[0], *task.args[4:])), weights)
-    return disagreement("result", results[1:], by_reference(second), exact(second), reduced(second))
+    return disagreement("result", results[1:], by(second), exact(second), reduced(second))
 
 
 def formulation(
@@ -355,7 +396,7 @@ def formulation(
         evaluate=lambda task: by(with_fn(task, weights)),
         truth=lambda task: exact(with_fn(task, weights)),
         less_precise=less_precise,
-        judges=partial(judge_halves, weights) if halves else None,
+        judges=partial(judge_halves, weights, by) if halves else None,
     )
 
 
@@ -410,31 +451,39 @@ def _unrounded(x: torch.Tensor, residual: torch.Tensor, *rest: torch.Tensor) -> 
 
 
 def tf32(task: Task) -> Formulation:
-    """For who multiplies with ``fn`` in tf32, as TileKernels does."""
-    return _narrow(task, "tf32", torch.float32, to_tf32)
+    """For who multiplies with ``fn`` in tf32 on tensor cores, as TileKernels does."""
+    return _narrow(task, "tf32", torch.float32, to_tf32, 8)
 
 
 def streams_dtype(task: Task) -> Formulation:
     """For who multiplies with ``fn`` in the streams' dtype, as Liger does on tensor cores."""
     dtype = task.dtype
-    return _narrow(task, str(dtype).removeprefix("torch."), dtype, lambda x: x.to(dtype).to(x.dtype))
+    return _narrow(task, str(dtype).removeprefix("torch."), dtype, lambda x: x.to(dtype).to(x.dtype), 16)
 
 
-def _narrow(task: Task, name: str, dtype: torch.dtype, rounding: Change) -> Formulation:
-    """For kernels that round ``fn`` and the gradient of its products, and have one for each use of the streams.
+def _narrow(task: Task, name: str, dtype: torch.dtype, rounding: Change, depth: int) -> Formulation:
+    """For kernels that round ``fn`` and the gradient of its products, which they leave to tensor cores to add up, and
+    have a gradient for each use of the streams.
 
     Args:
         task: what is judged.
         name: of what they round to.
         dtype: in which they take ``fn``, and so give its gradient.
         rounding: to what they round.
+        depth: products that an instruction of a tensor core adds up.
     """
     if task.function == POST:
         return DEFINITION
+    steps: dict[str, Any] = {"product": on_tensor_cores(depth, rounding)}
     if task.direction == "forward":
-        why = f"fn is rounded to {name}"
-        return formulation(f"fn in {name}", rounding, halves=_has_halves(task), less_precise=why)
-    steps = {"apart": True, "product": rounding_gradient(rounding)}
+        return formulation(
+            f"fn in {name}, sums in tensor cores",
+            rounding,
+            by=lambda task: evaluate(plain(task, **steps), task),
+            halves=_has_halves(task),
+            less_precise=f"fn is rounded to {name}, and its products are added up in tensor cores",
+        )
+    steps["apart"] = True
     return formulation(
         f"fn and the gradient of its products in {name}, a rounded gradient for each use of the streams",
         rounding,

@@ -101,7 +101,7 @@ class _Launches(NamedTuple):
     def of(cls, call: PreCall, inputs: PreInputs, device: DeviceFacts, *, few: bool) -> _Launches:
         """Those that few tokens take, or many."""
         block = mix_block(
-            call.n_tokens, call.n_cols, call.n_mixes, call.dtype.itemsize, device,
+            call.n_tokens, call.n_cols, inputs.residual.shape[1], call.n_mixes, call.dtype.itemsize, device,
             few=few, invariant=call.options.batch_invariant,
         )  # fmt: skip
         overlaps = few and device.dependent_launch

@@ -13,30 +13,42 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from tilewright.ops.mhc.kernels_mix import gdc_wait
+from tilewright.ops.mhc.kernels_mix import add_neighbours, gdc_wait
+from tilewright.ops.mhc.launch import GROUPS
 from tilewright.ops.rms_norm.kernels import add_squares, inverse_rms, load_weight, normalised, tile, tile_mask
 
-_NEEDED = (tl.static_range, tl.fma, tl.rsqrt, tl.exp, tl.debug_barrier)
+_NEEDED = (tl.static_range, tl.fma, tl.rsqrt, tl.exp, tl.permute, tl.debug_barrier)
+_GROUPS = tl.constexpr(GROUPS)
 
 
 @triton.jit
 def add_partials(
     partial_ptr, token, n_tokens, n_splits, N_MIXES: tl.constexpr, MIXES: tl.constexpr, BLOCK_S: tl.constexpr
 ):  # fmt: skip
-    """Sums over all columns, [TOKENS, MIXES] fp32, of those of the ranges in order; BLOCK_S are loaded at once."""
-    mix = tl.arange(0, MIXES)
+    """Sums over all columns, [TOKENS, MIXES] fp32, of those of the ranges.
+
+    Every fourth range belongs to one group; a group is added in order, BLOCK_S loaded at once, and the four in pairs.
+    So the threads of a program share the ranges of one token, and no layout decides a bit.
+    """
+    TOKENS: tl.constexpr = token.shape[0]
+    place = tl.arange(0, MIXES * _GROUPS)
+    mix = place % MIXES
+    group = place // MIXES
     at = partial_ptr + (token * MIXES)[:, None] + mix[None, :]
-    total = tl.zeros((token.shape[0], MIXES), tl.float32)
-    for first in range(0, n_splits, BLOCK_S):
+    total = tl.zeros((TOKENS, MIXES * _GROUPS), tl.float32)
+    for first in range(0, n_splits, BLOCK_S * _GROUPS):
         parts = ()
         for k in tl.static_range(BLOCK_S):
-            mask = (first + k < n_splits) & (mix <= N_MIXES)[None, :]
+            split = first + k * _GROUPS + group
+            mask = (split < n_splits) & (mix <= N_MIXES)
+            offset = split.to(tl.int64) * n_tokens * MIXES
             # Not through the first cache, which may not know yet what the kernel before has written.
-            part = tl.load(at + (first + k).to(tl.int64) * n_tokens * MIXES, mask, 0.0, cache_modifier=".cg")
+            part = tl.load(at + offset[None, :], mask[None, :], 0.0, cache_modifier=".cg")
             parts = parts + (part,)  # noqa: RUF005 - Triton unpacks no tuple in a tuple
         for k in tl.static_range(BLOCK_S):
             total += parts[k]
-    return total
+    total = tl.permute(tl.reshape(total, (TOKENS, _GROUPS, MIXES)), (0, 2, 1))
+    return add_neighbours(add_neighbours(tl.reshape(total, (TOKENS, MIXES * _GROUPS))))
 
 
 @triton.jit

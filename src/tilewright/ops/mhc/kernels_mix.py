@@ -119,9 +119,8 @@ def mix_kernel(
     mix = tl.arange(0, MIXES)
     total = tl.zeros((BLOCK_T, MIXES), tl.float32)
     squares = tl.zeros((BLOCK_T, BLOCK_H // 8), tl.float32)
-    n_chunks: tl.constexpr = PADDED // BLOCK_H
-    first = split * n_chunks // n_splits * N_SOURCES
-    for step in tl.range(first, (split + 1) * n_chunks // n_splits * N_SOURCES, num_stages=STAGES):
+    n_steps: tl.constexpr = PADDED // BLOCK_H * N_SOURCES
+    for step in tl.range(split * n_steps // n_splits, (split + 1) * n_steps // n_splits, num_stages=STAGES):
         stream = step % N_SOURCES
         column = step // N_SOURCES * BLOCK_H + tl.arange(0, BLOCK_H)
         column_mask = column < N_COLS

@@ -27,6 +27,9 @@ BLOCK_H = 64
 EIGHTHS = 3
 """Halvings that bring an eighth of a chunk to one column."""
 
+GROUPS = 4
+"""Groups in which partial sums are added, each by other threads: a part of the arithmetic, too."""
+
 MIX_TOKENS = 32
 """Tokens of which a program can work out gates and matrices, one a thread."""
 
@@ -36,14 +39,11 @@ PACK_BLOCK = 2048
 _FEW_TOKENS = 256
 _INVARIANT_SPLITS = 16
 _WIDE_MIXES = 32
-_PARTIALS = 1024
+_MOST_LOADS = {True: 64, False: 2}
+"""Ranges of a group whose partial sums are loaded at once, for few tokens, which have many ranges, and for many."""
+
+_PARTIALS = 64 * THREADS_PER_WARP
 """Partial sums that a warp loads at once, at most."""
-
-_MOST_SPLITS = {True: 64, False: 8}
-"""Ranges of which partial sums are loaded at once, for few tokens, which have many ranges, and for many."""
-
-_CPU_SPLITS = 2
-"""The same on a CPU, where a load waits for none: each more is code, and 64 of them take its compiler a minute."""
 
 _RESIDENT_LOADS = 32
 _RESIDENT_REGISTERS = 168
@@ -96,13 +96,22 @@ def is_few(n_tokens: int, device: DeviceFacts) -> bool:
 
 
 def mix_block(
-    n_tokens: int, n_cols: int, n_mixes: int, itemsize: int, device: DeviceFacts, *, few: bool, invariant: bool
+    n_tokens: int,
+    n_cols: int,
+    n_sources: int,
+    n_mixes: int,
+    itemsize: int,
+    device: DeviceFacts,
+    *,
+    few: bool,
+    invariant: bool,
 ) -> MixBlock:
     """The parameters of the product.
 
     Args:
         n_tokens: how many tokens there are.
         n_cols: columns of a stream.
+        n_sources: how many streams are read.
         n_mixes: rows of the weights.
         itemsize: bytes of a stream's element.
         device: where it runs.
@@ -114,9 +123,10 @@ def mix_block(
     tokens = 128 if quick and not few else 64
     n_chunks = padded(n_cols) // BLOCK_H
     if invariant:
-        n_splits = min(n_chunks, _INVARIANT_SPLITS)
+        n_splits = _splits(n_sources * n_chunks, _INVARIANT_SPLITS)
     else:
-        n_splits = _splits(n_tokens, tokens, n_chunks, device.n_units * (1 if device.kind == "cpu" else 2))
+        places = device.n_units * (1 if device.kind == "cpu" else 2)
+        n_splits = _splits(n_sources * n_chunks, places // -(-n_tokens // tokens))
     return MixBlock(
         tokens=tokens,
         mixes=mixes,
@@ -127,10 +137,10 @@ def mix_block(
     )
 
 
-def _splits(n_tokens: int, tokens: int, n_chunks: int, places: int) -> int:
-    """As many ranges as one round of programs has places for, of equal length if they are many."""
-    wanted = max(1, min(n_chunks, places // -(-n_tokens // tokens)))
-    return wanted if wanted <= _MOST_SPLITS[True] else -(-n_chunks // -(-n_chunks // _MOST_SPLITS[True]))
+def _splits(n_chunks: int, most: int) -> int:
+    """Into how many ranges to split so many chunks: no more than make the longest one shorter."""
+    longest = -(-n_chunks // max(1, min(most, GROUPS * _MOST_LOADS[True])))
+    return -(-n_chunks // longest)
 
 
 @dataclass(frozen=True)
@@ -142,7 +152,7 @@ class FinishBlock:
         resident: whether a token's streams stay in registers until the gates are known.
         mix_tokens_each: tokens whose gates and matrices a program works out, at most ``MIX_TOKENS``.
         mix_block: tokens whose partial sums it adds at a time, a power of two.
-        splits: ranges of which partial sums are loaded at once.
+        splits: ranges of each group of which partial sums are loaded at once.
         registers: the most registers a thread of a resident program may have.
     """
 
@@ -178,13 +188,13 @@ def finish_block(
     rows = row_block(n_cols, itemsize, device)
     loads = n_sources * -(-n_cols // rows.chunk)
     threads = rows.num_warps * THREADS_PER_WARP
-    block = 4 if device.kind == "cpu" else min(MIX_TOKENS, max(1, threads // mixes))
-    most = _PARTIALS * rows.num_warps // (mixes * rows.rows)
+    block = 4 if device.kind == "cpu" or not few else min(MIX_TOKENS, max(1, threads // (mixes * GROUPS)))
+    most = _PARTIALS * rows.num_warps // (mixes * GROUPS * max(block, rows.rows))
     return FinishBlock(
         rows=rows,
         resident=rows.resident and loads <= _RESIDENT_LOADS,
         mix_tokens_each=min(MIX_TOKENS, max(block, -(-n_tokens // device.n_units))) if few else MIX_TOKENS,
         mix_block=block,
-        splits=_CPU_SPLITS if device.kind == "cpu" else min(_MOST_SPLITS[few], max(1, most)),
+        splits=1 if device.kind == "cpu" else min(_MOST_LOADS[few], max(1, most)),  # there a load waits for none
         registers=None if few else _RESIDENT_REGISTERS,
     )
