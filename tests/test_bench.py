@@ -207,7 +207,11 @@ def test_plots(tmp_path: Path) -> None:
     assert len(figures) == 2 * len(plots.FORMATS)
     assert all(figure.stat().st_size > 1000 for figure in figures)
     members = [record for record in records.results(result.records) if record["status"] == "ok"]
-    drawn = plots._figure(result.records[0], "rows", [record for record in members if record["sweep"] == "rows"])
+    rows = [record for record in members if record["sweep"] == "rows"]
+    partial = [r for r in rows if r["provider"] == "good" or r["direction"] == "forward"]
+    (legend,) = (panel.get_legend() for panel in plots._figure(result.records[0], "rows", partial).axes[1:])
+    assert {text.get_text() for text in legend.get_texts()} == {"good", "~rounded", "copy"}
+    drawn = plots._figure(result.records[0], "rows", rows)
     assert [panel.get_title() for panel in drawn.axes] == ["forward", "backward"]
     for panel in drawn.axes:
         assert panel.get_ylim()[0] == 0.0

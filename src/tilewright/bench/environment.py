@@ -31,6 +31,7 @@ OPTIONAL_PACKAGES = (
     "numpy",
     "packaging",
     "rich",
+    "tile-kernels",
     "tilelang",
     "transformer-engine",
     "transformers",

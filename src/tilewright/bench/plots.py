@@ -65,7 +65,9 @@ def _figure(run: dict[str, Any], sweep: str, members: Sequence[dict[str, Any]]) 
         panel.set_xlabel(sweep)
     panels[0].set_ylabel("share of copy bandwidth")
     panels[0].set_ylim(bottom=0.0)
-    panels[-1].legend(fontsize="small", loc="best")
+    lines = {line.get_label(): line for panel in panels for line in panel.get_lines()}
+    lines = {label: line for label, line in lines.items() if not label.startswith("_")}  # which the mark at 1.0 does
+    panels[-1].legend(lines.values(), lines.keys(), fontsize="small", loc="best")
     copy = run["copy_gb_per_s"]["stream"]
     figure.suptitle(f"{run['family']}, {run['dtype']}, {run['device']} (copy: {copy:.0f} GB/s)", fontsize="medium")
     return figure
