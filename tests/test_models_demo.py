@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import html
 import io
 import json
 from html.parser import HTMLParser
@@ -112,6 +113,30 @@ def test_json_parses(result, capsys):
     assert document["all_agree"] is True
     assert document["hyper"]["steps"] == 4
     assert document["hyper"]["tilewright"]["served"][1]["operation"] == "mhc_pre"
+
+
+def test_compiled(result, capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
+    assert result.compiled is None
+    assert json.loads(json.dumps(result.to_json()))["compiled"] is None
+    page = tmp_path / "report.html"
+    again = demo.run(device="cpu", output=page, json_output=True, quiet=True, scale=TINY_SCALE, compile=True)
+    document = json.loads(capsys.readouterr().out)["compiled"]
+    assert document == dataclasses.asdict(again.compiled)
+    assert document["counts"]["silu_mul_quant"] >= TINY_SCALE.config.layers
+    for text in (page.read_text(), shown(again)):
+        assert html.escape(again.compiled_line) in text or again.compiled_line in " ".join(text.split())
+        assert "in one kernel" in text
+
+
+def shown(result):
+    from rich.console import Console
+
+    from tilewright.models import terminal
+
+    console = Console(file=io.StringIO(), width=400)
+    terminal.show(result, console)
+    return console.file.getvalue()
 
 
 def test_json_has_no_number_that_json_lacks(result):

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import collections
 import copy
 import dataclasses
+import warnings
 
 import pytest
 import torch
 
 import tilewright
 from models_helpers import HYPER, TINY, tokens
+from tilewright.fusion import FusionWarning
 from tilewright.models.decoder import Decoder
-from tilewright.models.fp8 import SCALE_FORMATS, Fp8Linear, fp8_validation_loss, quantised
+from tilewright.models.fp8 import (
+    SCALE_FORMATS,
+    Fp8Linear,
+    compiled_validation_loss,
+    fp8_validation_loss,
+    quantised,
+)
 from tilewright.models.parts import Parts
 from tilewright.models.text import load_corpus
 from tilewright.models.training import Recipe, train, validation_loss
@@ -93,6 +102,30 @@ def test_fp8_blocks_quantise_in_one_format_and_where_the_input_is_made(scale_for
     inputs = [name for norm in (first, later) for name in (norm, plain, later, activation)]
     assert [name for name, _ in calls[4 * TINY.layers :]] == inputs
     assert {used for _, used in calls} == {scale_format}
+
+
+@SCALES
+@torch.no_grad()
+def test_fp8_blocks_written_step_by_step_have_the_same_bits(scale_format):
+    model, x = Decoder(TINY, Parts.tilewright()), tokens(2, 9)
+    steps = quantised(model, torch.float32, scale_format, fused=False)(x)
+    assert torch.equal(steps, quantised(model, torch.float32, scale_format)(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiled_fp8_evaluation(trained, corpus, dtype, tmp_path, monkeypatch):
+    """Every norm and activation of the blocks is fused with its quantisation, and the loss is the same."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    run = dataclasses.replace(trained, dtype=dtype)
+    torch._dynamo.reset()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FusionWarning)
+        loss, report = compiled_validation_loss(run, corpus, "fp32")
+    layers = run.model.config.layers
+    first = collections.Counter(d.rule for d in report.graphs[0].decisions if d.action == "fused")
+    assert first == {"rms_norm_quant": 1, "add_rms_norm_quant": 2 * layers - 1, "silu_mul_quant": layers}
+    exact, eager = validation_loss(run, corpus), fp8_validation_loss(run, corpus, "fp32")
+    assert abs(loss - eager) < abs(eager - exact)
 
 
 @SCALES

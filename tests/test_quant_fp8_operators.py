@@ -354,6 +354,18 @@ def test_a_wrong_call_does_not_spoil_the_right_one(wrong, right, monkeypatch):
     assert quant_fp8(x, **right).values.shape == (3, 300)
 
 
+@pytest.mark.parametrize("n_cols", [256, 352])
+def test_scaled_mm_compiled(n_cols):
+    """A last group that is shorter, too: it is plain PyTorch, which the compiler sees."""
+    x, weight = torch.randn(5, n_cols), torch.randn(7, n_cols)
+    a, b = tilewright.quant_fp8(x), tilewright.quant_fp8(weight)
+    expected = scaled_mm_fp8(a, b, dtype=torch.float32)
+    torch._dynamo.reset()
+    got = torch.compile(lambda *t: scaled_mm_fp8(t[:2], t[2:], dtype=torch.float32), fullgraph=True)(*a, *b)
+    wide_a, wide_b = (tilewright.dequant_fp8(*t, dtype=torch.float32).double() for t in (a, b))
+    assert numerics.compare(got, expected, wide_a @ wide_b.T, reduced=n_cols).ok
+
+
 def test_scaled_mm():
     a, b = quant_fp8(random(CPU, 2, 5, 300)), quant_fp8(random(CPU, 7, 300, seed=1), group_size=None)
     wide_a = a.values.double() * spread(a.scales, 128, 300)

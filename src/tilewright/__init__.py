@@ -10,8 +10,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tilewright import nn
+    from tilewright import fusion, nn
     from tilewright.dispatch import use
+    from tilewright.fusion.api import compile
     from tilewright.ops import explain, register
     from tilewright.ops.mhc.api import (
         mhc_expand,
@@ -41,6 +42,7 @@ __version__ = "0.1.0"
 _HOME = {
     "add_rms_norm": "tilewright.ops.rms_norm.api",
     "add_rms_norm_quant_fp8": "tilewright.ops.quant_fp8.api",
+    "compile": "tilewright.fusion.api",
     "dequant_fp8": "tilewright.ops.quant_fp8.api",
     "explain": "tilewright.ops",
     "mhc_expand": "tilewright.ops.mhc.api",
@@ -66,7 +68,7 @@ _HOME = {
     "silu_mul_quant_fp8": "tilewright.ops.quant_fp8.api",
     "use": "tilewright.dispatch",
 }
-_MODULES = ("nn",)
+_MODULES = ("fusion", "nn")
 
 __all__ = [
     "QuantFormat",
@@ -75,8 +77,10 @@ __all__ = [
     "__version__",
     "add_rms_norm",
     "add_rms_norm_quant_fp8",
+    "compile",
     "dequant_fp8",
     "explain",
+    "fusion",
     "mhc_expand",
     "mhc_head",
     "mhc_post",

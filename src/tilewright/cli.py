@@ -1,4 +1,4 @@
-"""The command line: ``tilewright list | explain | bench | demo | collect-env``.
+"""The command line: ``tilewright list | explain | bench | fuse | demo | collect-env``.
 
 Nothing is imported before the command that needs it runs, so that ``collect-env`` works when torch or Triton does not.
 """
@@ -80,7 +80,11 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--steps", type=int, help="training steps (default: 400 on a CPU, 300 on a GPU)")
     demo.add_argument("--seed", type=int, default=0)
     demo.add_argument("--output", default="report.html", help="the report to write")
+    demo.add_argument("--compile", action="store_true", help="also compile, and show what graph fusion did")
 
+    from tilewright.fusion.command import add_parser
+
+    add_parser(commands)
     command("collect-env", _collect_env, "print what a bug report needs to say about this machine")
     return parser
 
@@ -179,6 +183,7 @@ def _demo(arguments: argparse.Namespace) -> int:
         output=arguments.output,
         json_output=arguments.json,
         quiet=arguments.json,
+        compile=arguments.compile,
     )
     return 0 if result.all_agree else EXIT_DISAGREEMENT
 

@@ -67,3 +67,7 @@ class KernelAccessError(KernelError, IndexError):
 
 class KernelAssertionError(KernelError, AssertionError):
     """A ``tl.device_assert`` of a kernel failed."""
+
+
+class FusionError(TilewrightError, RuntimeError):
+    """A fusion that was expected did not happen."""

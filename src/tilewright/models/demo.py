@@ -23,9 +23,9 @@ import torch
 from tilewright.errors import ArgumentError
 from tilewright.models import report
 from tilewright.models.decoder import DecoderConfig, generate
-from tilewright.models.fp8 import SCALE_FORMATS, fp8_validation_loss
+from tilewright.models.fp8 import SCALE_FORMATS, compiled_validation_loss, fp8_validation_loss
 from tilewright.models.parts import Parts
-from tilewright.models.result import Comparison, DemoResult, Fp8Loss, Measured
+from tilewright.models.result import Comparison, CompiledLoss, DemoResult, Fp8Loss, Measured
 from tilewright.models.text import decode, encode, load_corpus
 from tilewright.models.training import Recipe, computing_in, train, validation_loss
 from tilewright.numerics import compare_curves, curve_budget
@@ -100,6 +100,7 @@ def run(
     console: Console | None = None,
     quiet: bool = False,
     scale: Scale | None = None,
+    compile: bool = False,
 ) -> DemoResult:
     """Train three times, compare, do so again with hyper-connections, and report.
 
@@ -111,6 +112,8 @@ def run(
         json_output: print the result as one JSON document and nothing else; progress goes to standard error.
         console: where to print; standard output if None.
         quiet: show no progress and print no table. ``json_output`` still prints its document.
+        compile: also evaluate a decoder whose FP8 blocks are written step by step, with ``tilewright.compile``, and
+            report what it fused.
         scale: how large the demo is; if None :data:`LARGE` on NVIDIA and AMD GPUs and :data:`SMALL` elsewhere.
 
     Returns:
@@ -134,12 +137,14 @@ def run(
             Fp8Loss(scale_format, fp8_validation_loss(trained, trainings.corpus, scale_format))
             for scale_format in SCALE_FORMATS
         )
+        compiled = _compiled(trained, trainings.corpus) if compile else None
         streams = replace(scale.config, hc_mult=scale.hc_mult)
         hyper, _ = trainings.comparison(streams, min(steps, scale.hyper_steps), where, follow)
     result = DemoResult(
         **{field.name: getattr(curves, field.name) for field in fields(curves)},
         hyper=hyper,
         fp8=fp8,
+        compiled=compiled,
         corpus=trainings.corpus.name,
         seed=seed,
         prompt=PROMPT.decode(),
@@ -156,6 +161,12 @@ def run(
 
         terminal.show(result, _console(console, json_output))
     return result
+
+
+def _compiled(trained: TrainingRun, corpus: Corpus) -> CompiledLoss:
+    scale_format = SCALE_FORMATS[0]
+    loss, fusion = compiled_validation_loss(trained, corpus, scale_format)
+    return CompiledLoss(scale_format, loss, fusion.counts, str(fusion))
 
 
 class _Trainings:

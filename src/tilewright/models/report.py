@@ -158,7 +158,13 @@ not trained for that.</p>
 <ul>
 {lines}
 </ul>
-</section>"""
+{_compiled(result)}</section>"""
+
+
+def _compiled(result: DemoResult) -> str:
+    if result.compiled is None:
+        return ""
+    return f"<p>{escape(result.compiled_line)}.</p>\n<pre>{escape(result.compiled.report)}</pre>\n"
 
 
 def _samples(result: DemoResult) -> str:

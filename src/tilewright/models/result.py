@@ -66,6 +66,23 @@ class Fp8Loss:
 
 
 @dataclass(frozen=True)
+class CompiledLoss:
+    """The same again, its blocks written step by step and fused by the compiler.
+
+    Attributes:
+        scale_format: of the scales.
+        validation_loss: nats per byte over the text of :attr:`Measured.validation_loss`.
+        counts: how many times each rule fused, in all graphs.
+        report: what became of every candidate, as text.
+    """
+
+    scale_format: str
+    validation_loss: float
+    counts: dict[str, int]
+    report: str = field(repr=False)
+
+
+@dataclass(frozen=True)
 class Comparison:
     """The same decoder trained three times, and how far the curves agree.
 
@@ -129,6 +146,7 @@ class DemoResult(Comparison):
     Attributes:
         hyper: the comparison of the same decoder with hyper-connections.
         fp8: what the decoder trained with tilewright's parts loses when it is evaluated from FP8.
+        compiled: the same through the compiler; None if it was not asked for.
         corpus: the text's name.
         seed: drew weights, batches and samples.
         prompt: what the samples begin with.
@@ -139,6 +157,7 @@ class DemoResult(Comparison):
 
     hyper: Comparison
     fp8: tuple[Fp8Loss, ...]
+    compiled: CompiledLoss | None
     corpus: str
     seed: int
     prompt: str
@@ -159,6 +178,17 @@ class DemoResult(Comparison):
             f"FP8 linear layers, {fp8.scale_format} scales: validation loss {before:.4f} -> {fp8.validation_loss:.4f} "
             f"({100 * (fp8.validation_loss / before - 1):+.2f} %)"
             for fp8 in self.fp8
+        )
+
+    @property
+    def compiled_line(self) -> str:
+        """What graph fusion did and what the loss is, in a line; empty if it was not asked for."""
+        if self.compiled is None:
+            return ""
+        fused = ", ".join(f"{number} {rule}" for rule, number in self.compiled.counts.items())
+        return (
+            f"The same written step by step and compiled, {self.compiled.scale_format} scales: "
+            f"validation loss {self.compiled.validation_loss:.4f}; fused: {fused or 'nothing'}"
         )
 
     def to_json(self) -> dict[str, Any]:

@@ -63,6 +63,9 @@ def show(result: DemoResult, console: Console) -> None:
         console.print(Text(f"Against the truth, the same training in float64: tilewright {curves.agreement}."))
     for line in result.fp8_lines:
         console.print(Text(line))
+    if result.compiled is not None:
+        console.print(Text(result.compiled_line))
+        console.print(Text(result.compiled.report))
     written = f" Report: {result.report}" if result.report else ""
     console.print(Text(f"{result.seconds:.0f} s on {result.environment['device']}.{written}"), soft_wrap=True)
 

@@ -88,7 +88,15 @@ def grouped(f: QuantFormat, x: torch.Tensor) -> torch.Tensor:
 
 def spread(f: QuantFormat, scale: torch.Tensor, n_cols: int) -> torch.Tensor:
     """The scale of each element: ``[..., groups]`` to ``[..., N]`` or, per token, ``[..., 1]``."""
-    return scale if f.group_size is None else scale.repeat_interleave(f.group_size, -1)[..., :n_cols]
+    return scale if f.group_size is None else _each(scale, f.group_size, n_cols)
+
+
+def _each(scale: torch.Tensor, group_size: int, n_cols: int) -> torch.Tensor:
+    """A scale for each element, ``[..., n_cols]``.
+
+    By an index: of ``repeat_interleave`` cut short, torch 2.13's compiler leaves out the last group, which is shorter.
+    """
+    return scale[..., torch.arange(n_cols, device=scale.device) // group_size]
 
 
 def encode(f: QuantFormat, x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
@@ -130,7 +138,7 @@ def dequantised(values: torch.Tensor, scale: torch.Tensor, group_size: int | Non
         return (values.float() * scale.reshape(())).to(dtype)
     if group_size is None:
         return (values.float() * unpacked(scale, 1)).to(dtype)
-    wide = unpacked(scale, -(-n_cols // group_size)).repeat_interleave(group_size, -1)[..., :n_cols]
+    wide = _each(unpacked(scale, -(-n_cols // group_size)), group_size, n_cols)
     return (values.float() * wide).to(dtype)
 
 

@@ -1,0 +1,257 @@
+"""The public functions of graph fusion."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from tilewright.errors import ArgumentError, FusionError
+from tilewright.fusion.fuse import Policy
+from tilewright.fusion.graph_pass import FusionPass, keep
+from tilewright.fusion.report import FusionReport
+from tilewright.fusion.rules import RULES
+from tilewright.fusion.store import Store, graph_key
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+    from contextlib import AbstractContextManager
+
+    from tilewright.fusion.rule import Rule
+
+Numerics = Literal["strict", "relaxed"]
+Unmet = Literal["warn", "raise"]
+_SLOT = "post_grad_custom_post_pass"
+
+
+class FusionWarning(UserWarning):
+    """A fusion that was expected did not happen, or nothing was fused at all."""
+
+
+def compile(
+    function: Any,
+    *,
+    fusion: bool = True,
+    expect: Mapping[str, int] | None = None,
+    unmet: Unmet = "warn",
+    verify: bool = False,
+    numerics: Numerics = "strict",
+    rules: Sequence[Rule] | None = None,
+    **torch_compile_options: Any,
+) -> Any:
+    """``torch.compile`` with the library's fusions, and a report of what they did.
+
+    Every graph that Inductor compiles is searched for operations, the library's own and plain PyTorch's, that one
+    kernel can do together; where the rules of :mod:`tilewright.fusion` allow it, that kernel takes their place.
+
+    Args:
+        function: a module or a function.
+        fusion: False: compile without any fusion.
+        expect: how many times each rule is to fuse in the first call's graphs, such as
+            ``{"rms_norm_quant": 2 * n_layers}``.
+        unmet: what happens where it does not: ``"warn"`` or ``"raise"``, either way with the reasons.
+        verify: run each replacement beside what it replaces, on random tensors of the graph's shapes, while compiling;
+            refuse it if they disagree.
+        numerics: ``"strict"``: a replacement rounds where what it replaces rounds; ``"relaxed"``: named differences are
+            allowed, and recorded.
+        rules: instead of all that the library has.
+        **torch_compile_options: of ``torch.compile``; ``backend`` must be ``"inductor"``.
+
+    Returns:
+        What ``torch.compile`` returns, with one more attribute, ``fusion_report``: a
+        :class:`tilewright.fusion.FusionReport` that grows with each compilation.
+
+    Raises:
+        ArgumentError: an option that is not known, or a backend that has no fusion.
+        FusionError: from the first call, where an expectation is not met and ``unmet="raise"``.
+
+    Example:
+        >>> import torch, tilewright
+        >>> def layer(x, weight):
+        ...     return tuple(tilewright.quant_fp8(tilewright.rms_norm(x, weight)))
+        >>> compiled = tilewright.compile(layer)
+        >>> values, scales = compiled(torch.randn(4, 256, dtype=torch.bfloat16), torch.ones(256, dtype=torch.bfloat16))
+        >>> compiled.fusion_report.counts
+        {'rms_norm_quant': 1}
+    """
+    _check(expect, unmet, numerics, torch_compile_options, rules)
+    report = FusionReport()
+    if fusion:
+        passed = FusionPass(report, Policy(numerics == "relaxed", verify), rules)
+        backend = _Backend(passed, _inductor_options(torch_compile_options))
+        compiled = torch.compile(function, backend=backend, **torch_compile_options)
+        judge = _Judge(report, expect, unmet)
+        if isinstance(compiled, torch.nn.Module):
+            compiled.__dict__["forward"] = judge.after(compiled.forward)
+        else:
+            compiled = judge.after(compiled)
+    else:
+        compiled = torch.compile(function, **torch_compile_options)
+    compiled.__dict__["fusion_report"] = report  # a module's own way to set an attribute would give it to the original
+    return compiled
+
+
+def options(
+    *, verify: bool = False, numerics: Numerics = "strict", rules: Sequence[Rule] | None = None
+) -> dict[str, Any]:
+    """The library's fusions as ``options=`` of ``torch.compile``, for those who call that themselves.
+
+    The report is ``tilewright.fusion.report_of(options)``. Where Inductor's own cache serves a graph the pass does not
+    run, and only what was kept under the same identity can be told, of all graphs together.
+
+    Args:
+        verify: as in :func:`tilewright.compile`.
+        numerics: as in :func:`tilewright.compile`.
+        rules: as in :func:`tilewright.compile`.
+
+    Raises:
+        ArgumentError: an option that is not known.
+
+    Example:
+        >>> import torch, tilewright.fusion
+        >>> options = tilewright.fusion.options()
+        >>> compiled = torch.compile(torch.nn.RMSNorm(64), options=options)
+        >>> tilewright.fusion.report_of(options).counts
+        {}
+    """
+    _check(None, "warn", numerics, {}, rules)
+    return {_SLOT: FusionPass(FusionReport(), Policy(numerics == "relaxed", verify), rules, Store())}
+
+
+def report_of(given: Mapping[str, Any]) -> FusionReport:
+    """The report of :func:`options`: what their pass has decided, or what earlier runs kept of the same identity.
+
+    Args:
+        given: what :func:`options` returned.
+    """
+    passed = given.get(_SLOT)
+    if not isinstance(passed, FusionPass):
+        raise ArgumentError("report_of", "given", "has no pass of tilewright.fusion.options in it")
+    identity = passed.uuid()
+    if not passed.report.graphs and identity is not None:
+        return FusionReport(list(Store().everything(identity)))
+    return passed.report
+
+
+class _Backend:
+    """Inductor with the pass in it, which also keeps and recalls what was decided for each graph of Dynamo's.
+
+    Args:
+        passed: the pass.
+        config: Inductor's other options.
+    """
+
+    def __init__(self, passed: FusionPass, config: Mapping[str, Any]) -> None:
+        self._pass, self._config, self._store = passed, dict(config), Store()
+        self.__name__ = "tilewright"
+
+    def __call__(self, module: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
+        """Compile one graph of Dynamo's."""
+        from torch._inductor.compile_fx import compile_fx
+
+        key = graph_key(module, example_inputs)
+        identity = self._pass.uuid()
+        self._pass.made.clear()
+        patches = self._config | {_SLOT: self._pass}
+        with _eager_backward():
+            compiled: Any = compile_fx(module, example_inputs, config_patches=patches)
+        made, self._pass.made = self._pass.made, []
+        report = self._pass.report
+        if identity is not None:
+            if made:
+                keep(self._store, identity, key, made, report)
+            else:
+                report.graphs += self._recalled(identity, key)
+        return compiled
+
+    def _recalled(self, identity: str, key: str) -> tuple[Any, ...]:
+        kept = self._store.recall(identity, key)
+        if kept is None:
+            self._pass.report.notes.append(
+                "a graph came out of Inductor's cache, and what was decided when it was compiled was not kept"
+            )
+        return kept or ()
+
+
+def _eager_backward() -> AbstractContextManager[Any]:
+    """Have a training graph's backward compiled with its forward, so that what is decided in it is kept with it."""
+    from torch._functorch import config
+
+    if hasattr(config, "force_non_lazy_backward_lowering"):
+        patched: AbstractContextManager[Any] = config.patch(force_non_lazy_backward_lowering=True)
+        return patched
+    return nullcontext()
+
+
+class _Judge:
+    """Compares what the first call's graphs have fused with what was expected.
+
+    Args:
+        report: that of the compilation.
+        expect: of :func:`compile`.
+        unmet: of :func:`compile`.
+    """
+
+    def __init__(self, report: FusionReport, expect: Mapping[str, int] | None, unmet: Unmet) -> None:
+        self._report, self._expect, self._unmet, self._is_done = report, expect, unmet, False
+
+    def after(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        """The same function, judged after its first call."""
+
+        @functools.wraps(call)
+        def judged(*args: Any, **kwargs: Any) -> Any:
+            result = call(*args, **kwargs)
+            if not self._is_done:
+                self._is_done = True
+                self._judge()
+            return result
+
+        return judged
+
+    def _judge(self) -> None:
+        counts = self._report.counts
+        if self._expect is None:
+            if not counts:
+                warnings.warn(f"nothing was fused\n{self._report}", FusionWarning, stacklevel=3)
+            return
+        wrong = [
+            f"{name} was expected to fuse {number} times and did {counts.get(name, 0)} times"
+            for name, number in self._expect.items()
+            if counts.get(name, 0) != number
+        ]
+        if wrong:
+            text = f"{'; '.join(wrong)}\n{self._report}"
+            if self._unmet == "raise":
+                raise FusionError(text)
+            warnings.warn(text, FusionWarning, stacklevel=3)
+
+
+def _inductor_options(given: dict[str, Any]) -> dict[str, Any]:
+    """Take the options of Inductor out of those of ``torch.compile``, as its own wrapper reads them."""
+    from torch import _TorchCompileInductorWrapper
+
+    mode, chosen = given.pop("mode", None), given.pop("options", None)
+    wrapper = _TorchCompileInductorWrapper(mode, chosen, given.get("dynamic"))  # type: ignore[no-untyped-call]
+    given.pop("backend", None)
+    config: dict[str, Any] = dict(wrapper.config)
+    return config
+
+
+def _check(expect: Any, unmet: Any, numerics: Any, given: Mapping[str, Any], rules: Sequence[Rule] | None) -> None:
+    names = {rule.name for rule in (RULES if rules is None else rules)}
+    for name in expect or ():
+        if name not in names:
+            raise ArgumentError(
+                "compile", "expect", f"no rule is called '{name}'; there are: {', '.join(sorted(names))}"
+            )
+    if unmet not in ("warn", "raise"):
+        raise ArgumentError("compile", "unmet", f"got {unmet!r}; expected 'warn' or 'raise'")
+    if numerics not in ("strict", "relaxed"):
+        raise ArgumentError("compile", "numerics", f"got {numerics!r}; expected 'strict' or 'relaxed'")
+    if given.get("backend", "inductor") != "inductor":
+        raise ArgumentError("compile", "backend", f"got {given['backend']!r}; only 'inductor' runs custom passes")
+    if _SLOT in (given.get("options") or {}):
+        raise ArgumentError("compile", "options", f"{_SLOT} is where the library's own pass goes")

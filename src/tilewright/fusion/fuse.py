@@ -1,0 +1,244 @@
+"""Fusing a graph: what every rule proposes, the choice among them, and the change itself.
+
+Rules propose; nothing is changed before all have spoken. What saves most goes first, and whatever overlaps it waits for
+the next round, which looks at the changed graph. It ends when nothing waits. A rule that raises is not asked again for
+this graph, and the graph stays as it was before it was asked.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from torch._inductor.pattern_matcher import stable_topological_sort
+from torch._ops import OpOverload
+from torch.fx import Node
+
+from tilewright.fusion.graph import Editor, aten, depends, finish, is_call, same_size, value, where
+from tilewright.fusion.recognise import index as recognised
+from tilewright.fusion.report import Decision, GraphReport, Line
+from tilewright.fusion.rule import Proposal, Refusal, hint, rows_of, unserved
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from torch.fx import Graph
+
+    from tilewright.fusion.found import Index
+    from tilewright.fusion.report import Role
+    from tilewright.fusion.rule import Rule
+
+_MAX_ROUNDS = 100
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What a pass may do.
+
+    Attributes:
+        relaxed: whether named differences are allowed.
+        verify: whether each replacement is run beside what it replaces.
+    """
+
+    relaxed: bool = False
+    verify: bool = False
+
+
+def fuse(graph: Graph, rules: Sequence[Rule], policy: Policy, role: Role = "unknown") -> GraphReport:
+    """Change a graph in place, and say what was decided.
+
+    Args:
+        graph: of ATen operators and opaque ones, whose nodes hold fakes.
+        rules: in no order that matters but for ties.
+        policy: what they may do.
+        role: of the graph, for the report.
+    """
+    graph.eliminate_dead_code()
+    before = _lines(graph)
+    decided: list[Decision] = []
+    refused: dict[tuple[str, str], Decision] = {}
+    disabled: set[str] = set()
+    for _ in range(_MAX_ROUNDS):
+        index = recognised(graph)
+        proposals, refused = _asked(graph, index, rules, disabled, decided)
+        if not _apply(graph, proposals, policy, disabled, decided, refused):
+            break
+    done = {name for d in decided if d.action == "fused" for name in d.replaced}
+    decided += (d for d in refused.values() if d.node not in done)
+    added = {name for d in decided for name in d.added}
+    names = {line.name for line in before}
+    after = tuple(replace(line, touched=line.name in added or line.name not in names) for line in _lines(graph))
+    remaining = {line.name for line in after}
+    before = tuple(replace(line, touched=line.name not in remaining) for line in before)
+    return GraphReport(role, tuple(decided), before, after)
+
+
+def _asked(
+    graph: Graph, index: Index, rules: Sequence[Rule], disabled: set[str], decided: list[Decision]
+) -> tuple[list[tuple[Rule, Proposal]], dict[tuple[str, str], Decision]]:
+    """What every rule has to say of a graph."""
+    proposals: list[tuple[Rule, Proposal]] = []
+    refused: dict[tuple[str, str], Decision] = {}
+    for miss in index.misses:
+        decision = Decision(miss.kind, miss.node.name, "refused", f"not quite: {miss.reason}", where(miss.node))
+        refused[miss.kind, miss.node.name] = decision
+    for rule in rules:
+        if rule.name in disabled:
+            continue
+        try:
+            said = list(rule.propose(graph, index))
+        except Exception as error:  # whatever it is, the graph is as good as before
+            decided.append(_failed(rule, graph, error))
+            disabled.add(rule.name)
+            continue
+        for each in said:
+            if isinstance(each, Refusal):
+                refused[rule.name, each.node.name] = _refused(rule, each.node, each.reason)
+            else:
+                proposals.append((rule, each))
+    proposals.sort(key=lambda pair: pair[1].saved, reverse=True)
+    return proposals, refused
+
+
+def _apply(
+    graph: Graph,
+    proposals: list[tuple[Rule, Proposal]],
+    policy: Policy,
+    disabled: set[str],
+    decided: list[Decision],
+    refused: dict[tuple[str, str], Decision],
+) -> bool:
+    """Make the best of the proposals; whether another round may make more."""
+    taken: dict[Node, str] = {}
+    moved: dict[Node, Node] = {}
+    waits = False
+    for rule, proposal in proposals:
+        if rule.name in disabled:
+            continue
+        key, start = (rule.name, proposal.node.name), proposal.node
+        rival = next((taken[node] for node in proposal.claims if node in taken), None)
+        if rival is not None:
+            waits |= not proposal.claims <= taken.keys()  # something of it is left
+            refused[key] = _refused(rule, start, f"{rival} saves more with the same operations")
+            continue
+        why = _not_allowed(rule, proposal, policy)
+        if why:
+            refused[key] = _refused(rule, start, why)
+            continue
+        try:
+            outcome = _make(graph, rule, proposal, policy, moved)
+        except Exception as error:  # likewise; what was added is dead
+            decided.append(_failed(rule, graph, error, start))
+            disabled.add(rule.name)
+            continue
+        if outcome.action == "fused":
+            decided.append(outcome)
+            taken |= dict.fromkeys(proposal.claims, rule.name)
+        else:
+            refused[key] = outcome
+    finish(graph)
+    return waits
+
+
+def _not_allowed(rule: Rule, proposal: Proposal, policy: Policy) -> str:
+    """Why a proposal may not be made; empty if it may."""
+    if proposal.differences and not policy.relaxed:
+        return f"differs in {', '.join(proposal.differences)}, which numerics='relaxed' would allow"
+    least, most = rule.pays
+    low, high = rows_of(proposal.node)
+    if least is not None and low < least:
+        return f"pays from {least} rows on, and this graph serves {low}"
+    if most is not None and high > most:
+        return f"pays up to {most} rows, and this graph serves {high:g}"
+    return unserved(proposal)
+
+
+def _make(graph: Graph, rule: Rule, proposal: Proposal, policy: Policy, moved: dict[Node, Node]) -> Decision:
+    """Put the new operation in, unless its results are not quite what is there now."""
+    editor = Editor(graph, proposal.node, moved)
+    try:
+        built = proposal.build(editor)
+    except LookupError as error:
+        return _refused(rule, proposal.node, str(error))
+    added = tuple(node.name for node in editor.added)
+    why = next(filter(None, (_unlike(old, new) for old, new in built.items())), "")
+    if not why and any(depends(new, built) for new in built.values()):
+        why = "another fusion has made an input of it depend on its results"
+    verified = None
+    if not why and policy.verify:
+        from tilewright.fusion.verify import disagreement
+
+        why = disagreement(graph, built, differs=bool(proposal.differences))
+        verified = not why
+    if why:
+        return _refused(rule, proposal.node, why)
+    replaced = tuple(sorted({node.name for node in proposal.claims}))
+    source = where(proposal.node)
+    _exchange(editor, built, moved)
+    if policy.verify:  # which runs nodes in their order
+        stable_topological_sort(graph)
+    return Decision(
+        rule.name, proposal.node.name, "fused", proposal.done, source, replaced, added,
+        proposal.kernels, proposal.bytes_moved, proposal.differences, verified,
+    )  # fmt: skip
+
+
+def _exchange(editor: Editor, built: Mapping[Node, Node], moved: dict[Node, Node]) -> None:
+    """Give every user the new nodes. Results that a caller gets as two tensors stay two."""
+    handed_out: set[Node] = set()
+    for old, new in built.items():
+        given = new
+        if any(user.op == "output" for user in old.users):
+            memory = new.args[0] if is_call(new, aten.reshape.default) else new
+            assert isinstance(memory, Node)
+            if memory in handed_out:
+                given = editor.call(aten.clone.default, new)
+            handed_out.add(memory)
+        old.replace_all_uses_with(given)
+        moved[old] = given
+
+
+def _unlike(old: Node, new: Node) -> str:
+    """How what a new node holds is unlike what an old one does; empty if it is not."""
+    was, is_now = value(old), value(new)
+    for what in ("dtype", "device"):
+        if getattr(was, what) != getattr(is_now, what):
+            return f"{old.name} is {getattr(was, what)} now and would be {getattr(is_now, what)}"
+    if was.dim() != is_now.dim() or not all(map(same_size, was.shape, is_now.shape)):
+        return f"{old.name} has shape {tuple(was.shape)} now and would have {tuple(is_now.shape)}"
+    for size, a, b in zip(was.shape, was.stride(), is_now.stride(), strict=True):
+        if not same_size(size, 1) and not same_size(a, b):
+            return f"{old.name} has strides {was.stride()} now and would have {is_now.stride()}"
+    return ""
+
+
+def _refused(rule: Rule, node: Node, reason: str) -> Decision:
+    return Decision(rule.name, node.name, "refused", reason, where(node))
+
+
+def _failed(rule: Rule, graph: Graph, error: Exception, node: Node | None = None) -> Decision:
+    at = node or next(iter(graph.nodes))
+    reason = f"{type(error).__name__}: {error}; the rule is not used in this graph"
+    return Decision(rule.name, at.name, "failed", reason, where(at) if node else "")
+
+
+def _lines(graph: Graph) -> tuple[Line, ...]:
+    return tuple(Line(node.name, _text(node)) for node in graph.nodes)
+
+
+def _text(node: Node) -> str:
+    if node.op in ("placeholder", "output"):
+        shown = node.op if node.op == "placeholder" else f"output {node.args[0]}"
+    else:
+        arguments = [*map(str, node.args), *(f"{name}={given}" for name, given in node.kwargs.items())]
+        name = getattr(node.target, "__name__", node.target) if callable(node.target) else node.target
+        target = str(node.target) if isinstance(node.target, OpOverload) else name
+        shown = f"{target}({', '.join(arguments)})"
+    return f"{shown}{''.join(_shapes(node))}"
+
+
+def _shapes(node: Node) -> Iterator[str]:
+    held = value(node)
+    if hasattr(held, "shape"):
+        sizes = ", ".join(str(size) if isinstance(size, int) else f"{size}={hint(size)}" for size in held.shape)
+        yield f"  {str(held.dtype).removeprefix('torch.')}[{sizes}]"

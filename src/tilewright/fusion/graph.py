@@ -1,0 +1,232 @@
+"""Looking at and changing graphs of the ATen operators, as Inductor hands them to a custom pass."""
+
+from __future__ import annotations
+
+import operator
+import re
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch._guards import detect_fake_mode
+from torch.fx import Node
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+
+aten, prims = torch.ops.aten, torch.ops.prims
+
+_RESHAPES = frozenset({aten.reshape.default, aten.view.default, aten._unsafe_view.default})
+_RENAMES = frozenset(
+    {aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.default, aten.squeeze.dims, aten.alias.default}
+)
+_COPIES = frozenset({aten.clone.default})
+_CASTS = frozenset({prims.convert_element_type.default, aten._to_copy.default})
+
+
+def value(node: Node | None) -> Any:
+    """What a node holds, as a fake."""
+    return None if node is None else node.meta.get("val")
+
+
+def is_call(node: Any, *targets: Any) -> bool:
+    """Whether a node calls one of some operators."""
+    return isinstance(node, Node) and node.op == "call_function" and node.target in targets
+
+
+def arguments(node: Node) -> dict[str, Any]:
+    """The arguments of a call of an operator by the names of its schema, those left out with their defaults."""
+    schema = node.target._schema  # type: ignore[union-attr]
+    bound = {a.name: a.default_value for a in schema.arguments if a.has_default_value()}
+    positional = [a.name for a in schema.arguments if not a.kwarg_only]
+    return bound | dict(zip(positional, node.args, strict=False)) | dict(node.kwargs)
+
+
+def result(node: Node, index: int) -> Node | None:
+    """The node that takes one of several results of a call; None if nobody wants it."""
+    for user in node.users:
+        if is_call(user, operator.getitem) and user.args[1] == index:
+            return user
+    return None
+
+
+def seen_through(node: Node) -> Node | None:
+    """What a node shows in another shape with the same rows: None unless it is a view that keeps the last dimension.
+
+    A copy and a cast to the dtype that is there already count as views: they show the same numbers.
+    """
+    if not isinstance(node, Node) or node.op != "call_function" or not node.args or not isinstance(node.args[0], Node):
+        return None
+    source = node.args[0]
+    before, after = value(source), value(node)
+    if not isinstance(before, torch.Tensor) or not isinstance(after, torch.Tensor) or before.dtype != after.dtype:
+        return None
+    if node.target in _RESHAPES or node.target in _RENAMES:
+        kept = before.dim() > 0 and after.dim() > 0 and same_size(before.shape[-1], after.shape[-1])
+        return source if kept else None
+    return source if node.target in _COPIES or node.target in _CASTS else None
+
+
+def origin(node: Node) -> Node:
+    """What a node shows, seen through every view of it."""
+    while (source := seen_through(node)) is not None:
+        node = source
+    return node
+
+
+def same_size(a: Any, b: Any) -> bool:
+    """Whether two sizes are known to be equal, without a guard on symbolic ones."""
+    if isinstance(a, int) and isinstance(b, int):
+        return a == b
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return bool(statically_known_true(a == b))
+
+
+def wanted(node: Node, cut: Collection[Node], inner: Collection[Node]) -> bool:
+    """Whether a graph without dead code still needs a node if some of those after it came from elsewhere.
+
+    Args:
+        node: which.
+        cut: the nodes that will come from elsewhere.
+        inner: nodes that exist only for them, unless somebody else uses them too.
+    """
+    for user in node.users:
+        if user in cut:
+            continue
+        if (user not in inner and seen_through(user) is None) or wanted(user, cut, inner):
+            return True
+    return False
+
+
+def depends(node: Node, on: Iterable[Node]) -> bool:
+    """Whether a node needs one of some others."""
+    targets, seen, waiting = set(on), set(), [node]
+    while waiting:
+        current = waiting.pop()
+        if current in targets:
+            return True
+        if current not in seen:
+            seen.add(current)
+            waiting.extend(current.all_input_nodes)
+    return False
+
+
+_NOT_THE_USERS = (str(Path(__file__).parents[1] / "ops"), str(Path(torch.__file__).parent))
+
+
+def where(node: Node) -> str:
+    """The line of the user's source that a node comes from, as ``file:line: code``; empty if it is not known.
+
+    It is the innermost one that is neither in the library's operations nor in torch.
+    """
+    trace = node.meta.get("stack_trace") or ""
+    frames = re.findall(r'File "([^"]+)", line (\d+), in [^\n]*(?:\n\s+([^\n]*))?', trace)
+    outside = [frame for frame in frames if not frame[0].startswith(_NOT_THE_USERS)]
+    if not outside:
+        return ""
+    file, line, code = outside[-1]
+    return f"{file}:{line}: {code.strip()}" if code else f"{file}:{line}"
+
+
+class Editor:
+    """Adds nodes to a graph, each with the fake that it will hold.
+
+    Args:
+        graph: the graph.
+        anchor: the node whose source lines the new nodes get.
+        moved: which nodes have been replaced by which since the graph was looked at.
+    """
+
+    def __init__(self, graph: torch.fx.Graph, anchor: Node, moved: Mapping[Node, Node]) -> None:
+        self.graph, self.anchor, self._moved = graph, anchor, moved
+        self._mode = detect_fake_mode([value(anchor)])
+        self.added: list[Node] = []
+
+    def call(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> Node:
+        """A call, right behind the last of its arguments."""
+        args, kwargs = torch.fx.map_arg((args, kwargs), self._now)
+        before = [n for n in self.graph.nodes if n.op == "placeholder"][-1:]
+        torch.fx.map_arg((args, kwargs), before.append)
+        with self.graph.inserting_after(max(before, key=lambda n: n._sort_key)):
+            node = self.graph.call_function(target, args, kwargs)
+        spread = torch.fx.map_arg((args, kwargs), value)
+        with nullcontext() if self._mode is None else self._mode:
+            node.meta["val"] = target(*spread[0], **spread[1])
+        for name in ("stack_trace", "nn_module_stack", "original_aten", "from_node"):
+            if name in self.anchor.meta:
+                node.meta[name] = self.anchor.meta[name]
+        self.added.append(node)
+        return node
+
+    def _now(self, node: Node) -> Node:
+        while node in self._moved:
+            node = self._moved[node]
+        return node
+
+    def item(self, node: Node, index: int) -> Node:
+        """One of several results of a call."""
+        return self.call(operator.getitem, node, index)
+
+    def size(self, node: Node, dim: int) -> int | Node:
+        """A size of a tensor, as an argument of a call."""
+        size = value(node).shape[dim]
+        return size if isinstance(size, int) else self.call(aten.sym_size.int, node, dim)
+
+    def shaped(self, node: Node, like: Node, sizes_of: Iterable[Node]) -> Node:
+        """A node in the shape of another.
+
+        Args:
+            node: what is to be seen.
+            like: the shape.
+            sizes_of: nodes whose sizes may be asked for where a size is symbolic.
+
+        Raises:
+            LookupError: two symbolic sizes are none of theirs.
+        """
+        want = value(like).shape
+        if len(want) == value(node).dim() and all(map(same_size, want, value(node).shape)):
+            return node
+        sizes: list[int | Node] = []
+        sources, inferred = [node, *sizes_of], False
+        for size in want:
+            if isinstance(size, int):
+                sizes.append(size)
+                continue
+            known = self._size(size, sources)
+            if known is None and inferred:
+                raise LookupError("more than one symbolic size of the result is no size of an input")
+            inferred |= known is None
+            sizes.append(-1 if known is None else known)
+        return self.call(aten.reshape.default, node, sizes)
+
+    def _size(self, size: Any, sources: Iterable[Node]) -> int | Node | None:
+        for source in sources:
+            for dim, its in enumerate(value(source).shape):
+                if not isinstance(its, int) and same_size(its, size):
+                    return self.size(source, dim)
+        return None
+
+
+def finish(graph: torch.fx.Graph) -> None:
+    """Put nodes into an order in which they can run, drop those that nobody needs, and check the graph."""
+    from torch._inductor.pattern_matcher import stable_topological_sort
+
+    stable_topological_sort(graph)
+    graph.eliminate_dead_code()
+    graph.lint()
+
+
+def rows(node: Node) -> Any:
+    """How many rows a tensor has: an int, or an expression of symbols."""
+    shape = value(node).shape
+    total: Any = 1
+    for size in shape[:-1]:
+        total = total * size
+    return total
+
+
+def walk(nodes: Iterable[Node]) -> Iterator[Node]:
+    """The calls among some nodes."""
+    return (node for node in nodes if node.op == "call_function")

@@ -1,0 +1,130 @@
+"""The custom pass that Inductor runs over its graphs, with the identity that its cache asks for."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch._inductor.custom_graph_pass import CustomGraphPass
+
+from tilewright.fusion.fuse import Policy, fuse
+from tilewright.fusion.recognise import identity
+from tilewright.fusion.rules import RULES
+from tilewright.ops import register
+from tilewright.platforms import facts
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch.fx import Graph
+
+    from tilewright.fusion.report import FusionReport, GraphReport, Role
+    from tilewright.fusion.rule import Rule
+    from tilewright.fusion.store import Store
+
+
+class FusionPass(CustomGraphPass):
+    """Fuses graphs and adds what it decides to a report.
+
+    Args:
+        report: where decisions go.
+        policy: what may be done.
+        rules: by default all that the library has.
+        store: where each graph's decisions are kept as soon as they are made; None if somebody else does that.
+    """
+
+    def __init__(
+        self, report: FusionReport, policy: Policy, rules: Sequence[Rule] | None = None, store: Store | None = None
+    ) -> None:
+        register()  # the operators that rules put in
+        self.report, self.policy, self._store = report, policy, store
+        self.rules = tuple(RULES if rules is None else rules)
+        self.made: list[GraphReport] = []
+        """The reports of graphs since somebody last took them away: what a compilation has added."""
+
+    def __call__(self, graph: Graph) -> None:
+        """Fuse one graph in place."""
+        done = fuse(graph, self.rules, self.policy, role_of(graph))
+        self.report.graphs.append(done)
+        self.made.append(done)
+        identity = self.uuid()
+        if self._store is not None and identity is not None:
+            text = "\n".join(f"{line.name} {line.text}" for line in done.before)
+            keep(self._store, identity, hashlib.sha256(text.encode()).hexdigest(), [done], self.report)
+
+    def uuid(self) -> str | None:
+        """What compiled code depends on besides the graph: a digest, equal in every process.
+
+        None, with which Inductor caches nothing, if there is a rule that is not the library's and has no ``version``.
+        """
+        rules = [_identity(rule) for rule in self.rules]
+        if None in rules:
+            return None
+        parts: dict[str, Any] = {
+            "library": _source_digest(),
+            "torch": torch.__version__,
+            "triton": _triton_version(),
+            "devices": _devices(),
+            "policy": [self.policy.relaxed, self.policy.verify],
+            "rules": rules,
+            "adapters": identity(),
+        }
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def keep(store: Store, identity: str, key: str, made: Sequence[GraphReport], report: FusionReport) -> None:
+    """Keep decisions for later runs; what hinders it becomes a note."""
+    try:
+        store.keep(identity, key, made)
+    except OSError as error:
+        report.notes.append(f"the decisions of a graph could not be kept for later runs: {error}")
+
+
+def _identity(rule: Rule) -> list[Any] | None:
+    """What tells a rule from others; None if nothing does."""
+    version = "" if rule in RULES else getattr(rule, "version", None)
+    if version is None:
+        return None
+    return [type(rule).__module__, type(rule).__qualname__, rule.name, rule.replacement, list(rule.pays), str(version)]
+
+
+def role_of(graph: Graph) -> Role:
+    """Which graph of a compilation this is, by the names that autograd gives inputs."""
+    names = [node.name for node in graph.nodes if node.op == "placeholder"]
+    if any(name.startswith("tangents") for name in names):
+        return "backward"
+    if any(name.startswith("primals") for name in names):
+        return "forward"
+    return "inference"
+
+
+@lru_cache(maxsize=1)
+def _source_digest() -> str:
+    """Of the whole library's source, kernels included: what a rule puts in is a part of the code as the rule is."""
+    root, digest = Path(__file__).parents[1], hashlib.sha256()
+    for file in sorted(root.rglob("*.py")):
+        digest.update(str(file.relative_to(root)).encode() + b"\0" + file.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
+def _triton_version() -> str:
+    from importlib import metadata
+
+    try:
+        return metadata.version("triton")
+    except metadata.PackageNotFoundError:
+        return ""
+
+
+def _devices() -> list[str]:
+    """Which kernels can be chosen: facts about the CPU and about each GPU."""
+    found = [repr(facts(torch.device("cpu")))]
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if accelerator is not None:
+        places = [torch.device(accelerator.type, index) for index in range(torch.accelerator.device_count())]
+        found += [repr(facts(place)) for place in places]
+    return found

@@ -1,0 +1,283 @@
+"""Rotary embedding in plain PyTorch.
+
+Known:
+
+- Hugging Face's ``x * cos + rotate_half(x) * sin``, ``rotate_half`` being ``cat((-x2, x1), -1)`` of the halves, with
+  tables ``[B, S, D]`` or ``[S, D]`` that gained a dimension for the heads;
+- DeepSeek's ``view_as_real(view_as_complex(x.float().view(..., -1, 2)) * freqs_cis).flatten(-2).to(dtype)``.
+
+Both also where a part of the features is rotated and put between the others by ``cat``.
+
+Options are those of :func:`tilewright.rope`, and two more:
+
+``table``: ``"doubled"``: the graph shows that the two halves of cos and of sin are equal; ``"unproven"``: it does not;
+``"complex"``: ``freqs_cis`` holds cosines and sines.
+
+``products``: ``"exact"``: they are computed in float32, as ``rope`` does; ``"rounded"``: each is rounded to the dtype
+of ``x`` before they are added, as a 16-bit ``x`` and a 16-bit table do. ``rope`` rounds once and is nearer the truth.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from tilewright.fusion.forms import (
+    ADD,
+    ANYTHING,
+    CASTS,
+    DIV,
+    MUL,
+    VIEWS,
+    As,
+    Call,
+    Each,
+    Half,
+    Match,
+    OneOf,
+    Piece,
+    Rounded,
+    Tensor,
+    Viewed,
+    Widened,
+    dtype_of,
+    is_last,
+    piece,
+    plain,
+    product,
+    same_shape,
+    shape_of,
+    total,
+)
+from tilewright.fusion.found import Found, NearMiss
+from tilewright.fusion.graph import aten, is_call, same_size
+from tilewright.fusion.graph import value as fake_of
+
+if TYPE_CHECKING:
+    from torch.fx import Graph, Node
+
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_X = Widened(Tensor("x"))
+_FIRST, _SECOND = (Widened(Half(_X, index)) for index in (0, 1))
+_TURNED = Call(
+    aten.cat.default,
+    Each(Widened(Call(aten.neg.default, _SECOND)), _FIRST),
+    ANYTHING,
+    when=lambda node: is_last((*node.args, 0)[1], node),
+)
+_SUM = As(
+    "sum",
+    total(
+        As("sin_term", product(Widened(_TURNED), Tensor("sin"))),
+        As("cos_term", product(_X, Tensor("cos"))),
+    ),
+)
+_HALVES = OneOf(As("cast", Rounded(_SUM)), _SUM)
+
+_PAIRS = Call(aten.view_as_complex.default, Viewed(Rounded(Viewed(Tensor("x")))))
+_PLAIN_PAIRS = Call(aten.view_as_complex.default, Viewed(Tensor("x")))
+_TURN = Call(MUL, OneOf(_PAIRS, _PLAIN_PAIRS), Tensor("freqs"), commutative=True)
+_COMPLEX = As("sum", Viewed(Call(aten.view_as_real.default, As("turned", _TURN))))
+_COMPLEX_ROOT = OneOf(As("cast", Rounded(_COMPLEX)), _COMPLEX)
+
+
+def recognise_rotations(graph: Graph) -> tuple[list[Found], list[NearMiss]]:
+    """The rotations of a graph, and what is nearly one."""
+    found: list[Found] = []
+    misses: list[NearMiss] = []
+    inside: set[Node] = set()
+    for node in reversed(graph.nodes):
+        if node in inside or not is_call(node, *CASTS, *ADD, *VIEWS):
+            continue
+        reasons: list[tuple[str, Match]] = []
+        for form, judge in ((_HALVES, _judge_halves), (_COMPLEX_ROOT, _judge_complex)):
+            for match in form.matches(node, Match()):  # x may be any of several views, or a cast
+                judged = judge(node, match)
+                if isinstance(judged, Found):
+                    found.append(_among_others(judged))
+                    inside |= found[-1].nodes
+                    break
+                reasons += [] if judged is None else [(judged, match)]
+        if reasons and node not in inside:
+            misses.append(NearMiss("rope", node, reasons[0][0]))
+            inside |= reasons[0][1].nodes
+    return found, misses
+
+
+def _judge_halves(node: Node, match: Match) -> Found | str | None:
+    x, terms = match["x"], [match[name] for name in ("cos_term", "sin_term", "sum")]
+    dtype = dtype_of(x)
+    tables = [_table(match[name]) for name in ("cos", "sin")]
+    layout = _layout(x, match["cos"])
+    shapes = [shape_of(match[name]) for name in ("cos", "sin")]
+    if dtype not in _DTYPES or not same_shape(*shapes) or not same_shape(shape_of(terms[2]), shape_of(x)):
+        return None
+    if layout is None:
+        return None
+    computed = {dtype_of(term) for term in terms}
+    if "cast" in match.bindings and (dtype_of(node) != dtype or computed != {torch.float32}):
+        return None  # the cast is no part of the rotation
+    reason = _difference(match, node, [table for table, _ in tables])
+    if reason:
+        return reason
+    rounded = dtype != torch.float32 and computed == {dtype}
+    options = {
+        "layout": layout,
+        "interleaved": False,
+        "rotary_dim": None,
+        "rotary_offset": 0,
+        "inverse": False,
+        "numerics": "hf" if rounded else "exact",
+        "table": "doubled" if all(_is_doubled(table) for table, _ in tables) else "unproven",
+        "products": "rounded" if rounded else "exact",
+    }
+    inputs = {"x": x, "cos": tables[0][0], "sin": tables[1][0]}
+    nodes = match.nodes.union(*(views for _, views in tables))
+    return Found("rope", "aten", inputs, options, {"y": node}, nodes)
+
+
+def _difference(match: Match, node: Node, tables: list[Node]) -> str:
+    dtype = dtype_of(match["x"])
+    wrong = [table for table in tables if dtype_of(table) not in (dtype, torch.float32)]
+    if wrong:
+        return f"the table is {plain(dtype_of(wrong[0]))}; expected {plain(dtype)}, the dtype of x, or float32"
+    if len({dtype_of(match[name]) for name in ("cos_term", "sin_term", "sum")}) != 1:
+        return "the two products are rounded to different dtypes"
+    if dtype_of(node) != dtype:
+        return f"the result stays {plain(dtype_of(node))}; expected it rounded to {plain(dtype)}, the dtype of x"
+    return ""
+
+
+def _judge_complex(node: Node, match: Match) -> Found | str | None:
+    x, turned, freqs = match["x"], match["turned"], match["freqs"]
+    shape = shape_of(x)
+    dtype = dtype_of(x)
+    if not same_shape(shape_of(node), shape) or dtype not in _DTYPES or len(shape) not in (3, 4):
+        return None
+    wide = dtype_of(turned) == dtype_of(freqs) == torch.complex64
+    if not wide or ("cast" in match.bindings and (dtype == torch.float32 or dtype_of(node) != dtype)):
+        return None  # the cast is no part of the rotation
+    if not same_size(2 * shape_of(turned)[-1], shape[-1]) or not same_shape(shape_of(turned)[:-1], shape[:-1]):
+        return None
+    if (layout := _layout(turned, freqs)) is None:
+        return None
+    if dtype_of(node) != dtype:
+        return f"the result stays {plain(dtype_of(node))}; expected it rounded to {plain(dtype)}, the dtype of x"
+    table, views = _table(freqs)
+    options = {
+        "layout": layout,
+        "interleaved": True,
+        "rotary_dim": None,
+        "rotary_offset": 0,
+        "inverse": False,
+        "numerics": "exact",
+        "table": "complex",
+        "products": "exact",
+    }
+    return Found("rope", "aten", {"x": x, "freqs_cis": table}, options, {"y": node}, match.nodes | views)
+
+
+def _layout(x: Node, table: Node) -> str | None:
+    """Which dimensions of ``x`` are tokens and heads, by how the table is broadcast against it."""
+    shape, given = shape_of(x), shape_of(table)
+    if len(shape) not in (3, 4) or len(given) > len(shape) or not given or not same_size(given[-1], shape[-1]):
+        return None
+    wide = (1,) * (len(shape) - len(given)) + given
+    same = [same_size(a, b) for a, b in zip(wide, shape, strict=True)]
+    one = [same_size(a, 1) for a in wide]
+    if len(shape) == 3:
+        return "thd" if same[0] and one[1] else None
+    if one[1] and same[2] and (one[0] or same[0]):
+        return "bhsd"
+    if one[2] and same[1] and (one[0] or same[0]):
+        return "bshd"
+    return "sbhd" if one[1] and one[2] and same[0] else None
+
+
+def _table(node: Node) -> tuple[Node, frozenset[Node]]:
+    """A table before it gained dimensions, and what gave it them."""
+    views = []
+    while is_call(node, *VIEWS):
+        behind = node.all_input_nodes[0]
+        if not shape_of(behind) or not same_size(shape_of(behind)[-1], shape_of(node)[-1]):
+            break
+        views.append(node)
+        node = behind
+    return node, frozenset(views)
+
+
+def _is_doubled(node: Node) -> bool:
+    """Whether the graph shows that the two halves of a table's rows are equal."""
+    while True:
+        if is_call(node, aten.cat.default) and is_last((*node.args, 0)[1], node):
+            parts = node.args[0]
+            return isinstance(parts, list | tuple) and len(parts) == 2 and parts[0] is parts[1]
+        if is_call(node, *VIEWS) and _is_repeated(node):
+            return True
+        behind = _same_columns(node)
+        if behind is None:
+            return False
+        node = behind
+
+
+def _same_columns(node: Node) -> Node | None:
+    """What a node is made of, each column of one column alone and all in the same way."""
+    elementwise = (aten.cos.default, aten.sin.default, aten.clone.default, *CASTS)
+    scaled = is_call(node, *MUL, *DIV) and len(node.all_input_nodes) == 1 and isinstance(node.args[1], int | float)
+    kept = is_call(node, *VIEWS, aten.expand.default) or (
+        is_call(node, aten.slice.Tensor, aten.index_select.default) and not is_last((*node.args, 0)[1], node)
+    )
+    gathered = is_call(node, aten.index.Tensor, aten.embedding.default)
+    if not (is_call(node, *elementwise) or scaled or kept or gathered):
+        return None
+    source = node.args[0]
+    assert hasattr(source, "meta")
+    before, after = fake_of(source), fake_of(node)  # type: ignore[arg-type]
+    if is_call(node, aten.index.Tensor) and len(node.args[1]) >= before.dim():  # type: ignore[arg-type]
+        return None
+    fits = before.dim() and after.dim() and same_size(before.shape[-1], after.shape[-1])
+    return source if fits else None  # type: ignore[return-value]
+
+
+def _is_repeated(node: Node) -> bool:
+    """Whether a view lays two equal rows behind one another: ``[.., 1, n]`` expanded to 2, seen as ``[.., 2 n]``."""
+    inner = node.all_input_nodes[0]
+    while is_call(inner, aten.clone.default):
+        inner = inner.all_input_nodes[0]
+    if not is_call(inner, aten.expand.default):
+        return False
+    before, between, after = shape_of(inner.all_input_nodes[0]), shape_of(inner), shape_of(node)
+    return (
+        len(before) == len(between) >= 2
+        and same_size(before[-2], 1)
+        and same_size(between[-2], 2)
+        and same_size(before[-1], between[-1])
+        and same_size(after[-1], 2 * between[-1])
+    )
+
+
+def _among_others(found: Found) -> Found:
+    """The same with the features that are not rotated, where a ``cat`` puts all together again."""
+    part, y = piece(found.tensor("x")), found.outputs["y"]
+    if part is None or len(y.users) != 1:
+        return found
+    joined = next(iter(y.users))
+    if not is_call(joined, aten.cat.default) or not is_last((*joined.args, 0)[1], joined):
+        return found
+    if not same_shape(shape_of(joined), shape_of(part.source)):
+        return found
+    start: Any = 0
+    nodes = [*part.nodes, joined]
+    for each in joined.args[0]:  # type: ignore[union-attr]
+        own = part if each is y else piece(each)
+        if not isinstance(own, Piece) or own.source is not part.source or not same_size(own.start, start):
+            return found
+        nodes += own.nodes
+        start = start + shape_of(each)[-1]  # type: ignore[arg-type]
+    width = shape_of(y)[-1]
+    if not isinstance(width, int) or not isinstance(part.start, int):
+        return found
+    options = {**found.options, "rotary_dim": width, "rotary_offset": part.start}
+    inputs = {**found.inputs, "x": part.source}
+    return Found(found.kind, found.source, inputs, options, {"y": joined}, found.nodes.union(nodes))

@@ -1,0 +1,109 @@
+"""Running a replacement beside what it replaces, on random tensors of the graph's shapes, before it is put in."""
+
+from __future__ import annotations
+
+import operator
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from tilewright.fusion.graph import value
+from tilewright.fusion.rule import hint
+from tilewright.numerics import EQUAL_CODES, compare_codes
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch.fx import Graph, Node
+
+_ROUNDINGS = 2
+_FP8 = (torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2)
+
+
+def disagreement(graph: Graph, built: Mapping[Node, Node], *, differs: bool = False) -> str:
+    """Why a replacement's results are not those of what it replaces; empty if they are.
+
+    Sums may have another order and functions other last digits: numbers within two roundings of each other count as
+    equal. What has been rounded in between may have fallen on the other side: at least
+    :data:`tilewright.numerics.EQUAL_CODES` of a result's must be equal, the others one bfloat16 rounding apart.
+
+    Args:
+        graph: with both in it.
+        built: for each node that is to be replaced, the one that takes its place.
+        differs: whether the replacement is known to round elsewhere; then numbers may be off by a few roundings of the
+            largest.
+    """
+    from torch._subclasses.fake_tensor import unset_fake_temporarily
+    from torch.utils._python_dispatch import _disable_current_modes
+
+    inner = _between(built)
+    with _disable_current_modes(), unset_fake_temporarily(), torch.no_grad():
+        known: dict[Node, Any] = {}
+        for node in graph.nodes:
+            if node.op == "output" or (node not in inner and not any(user in inner for user in node.users)):
+                continue
+            known[node] = _run(node, known) if node in inner else _random(node, len(known))
+        for old, new in built.items():
+            why = _compare(known[new], known[old], differs=differs)
+            if why:
+                return f"run beside what it replaces, {old.name} differs: {why}"
+    return ""
+
+
+def _between(built: Mapping[Node, Node]) -> set[Node]:
+    """The nodes that only one of the two ways needs."""
+    return {node for node in _needed(built) ^ _needed(built.values()) if node.op == "call_function"}
+
+
+def _needed(nodes: Any) -> set[Node]:
+    found: set[Node] = set()
+    waiting = list(nodes)
+    while waiting:
+        node = waiting.pop()
+        if node not in found:
+            found.add(node)
+            waiting.extend(node.all_input_nodes)
+    return found
+
+
+def _run(node: Node, known: Mapping[Node, Any]) -> Any:
+    args, kwargs = torch.fx.map_arg((node.args, node.kwargs), known.__getitem__)
+    return operator.getitem(*args) if node.target is operator.getitem else node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def _random(node: Node, seed: int) -> Any:
+    """Something like what a node holds, in its layout: floats of a normal distribution, few different integers."""
+    held = value(node)
+    if not isinstance(held, torch.Tensor):
+        return hint(held) if isinstance(held, torch.SymInt) else held
+    sizes, strides = [hint(size) for size in held.shape], [hint(size) for size in held.stride()]
+    generator = torch.Generator().manual_seed(seed)
+    made = torch.empty_strided(sizes, strides, dtype=held.dtype, device=held.device)
+    if held.dtype.is_floating_point or held.dtype.is_complex:
+        wide = torch.complex64 if held.dtype.is_complex else torch.float32
+        given = torch.randn(sizes, generator=generator, dtype=wide)
+        if held.dim() == 0 or held.numel() == 1:
+            given = given.abs() + 0.5 if not held.dtype.is_complex else given  # a scale
+    else:
+        given = torch.randint(0, 2, sizes, generator=generator)
+    if held.dtype in _FP8:
+        return given.to(held.device).to(held.dtype)
+    return made.copy_(given.to(held.dtype))
+
+
+def _compare(got: torch.Tensor, wanted: torch.Tensor, *, differs: bool) -> str:
+    if got.dtype in _FP8:
+        return compare_codes(got, wanted)
+    if got.dtype.itemsize == 1:  # of a kind that compares with nothing, such as a power of two
+        got, wanted = got.view(torch.uint8), wanted.view(torch.uint8)
+    if not got.dtype.is_floating_point:
+        return "" if torch.equal(got, wanted) else f"{int((got != wanted).sum())} of {got.numel()} numbers"
+    a, b = got.double(), wanted.double()
+    size = b.abs().nan_to_num(posinf=0.0).max() if differs else b.abs()
+    near = (a - b).abs() <= _ROUNDINGS * torch.finfo(got.dtype).eps * size
+    off = ~((a == b) | near | (a.isnan() & b.isnan()))
+    if int(off.sum()) > (1 - EQUAL_CODES) * off.numel():
+        return f"{int(off.sum())} of {off.numel()} numbers"
+    coarse = torch.finfo(torch.bfloat16).eps  # what a bfloat16 number, one rounding apart, makes of a scale
+    far = off & ((a - b).abs() > coarse * b.abs())
+    return f"{int(far.sum())} numbers by more than a rounding" if bool(far.any()) else ""
