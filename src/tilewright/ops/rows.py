@@ -30,7 +30,7 @@ class Rows(NamedTuple):
         return tuple((0, 0) if t is None else next(found) for t in tensors)
 
 
-def alignment(strides: tuple[int, int]) -> int:
+def alignment(strides: Sequence[int]) -> int:
     """What the beginnings of all rows are multiples of, in elements: a power of two up to 16."""
     return math.gcd(*strides, 16)
 
@@ -95,10 +95,10 @@ def contiguous_twin(
 
     run = plan(call, type(inputs)(*dense(inputs)), fresh(outputs))
 
-    def copied(tensors: Sequence[torch.Tensor | None]) -> None:
+    def copied(tensors: Sequence[torch.Tensor | None], *scalars: int) -> None:
         outputs = tensors[n_inputs:]
         results = fresh(outputs)
-        run((*dense(tensors[:n_inputs]), *results))
+        run((*dense(tensors[:n_inputs]), *results), *scalars)
         for output, result in zip(outputs, results, strict=True):
             if output is not None and result is not None and output is not result:
                 output.copy_(result)

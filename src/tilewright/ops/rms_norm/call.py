@@ -117,22 +117,30 @@ class RmsNormCall:
         return ", ".join(parts)
 
 
-def describe(inputs: Inputs, options: Options, operation: str = "rms_norm") -> RmsNormCall:
+def describe(
+    inputs: Inputs, options: Options, operation: str = "rms_norm", names: tuple[str, str] = ("x", "weight")
+) -> RmsNormCall:
     """Validate a call by its metadata alone.
+
+    Args:
+        inputs: its tensors.
+        options: its options.
+        operation: the public function, for messages.
+        names: what the caller calls ``x`` and ``weight``.
 
     Raises:
         ArgumentError: a shape, device or option that does not fit.
         DTypeError: a dtype that is not accepted, or an argument of another type.
     """
     x, residual, weight = inputs
-    check_input(x, "x", operation)
+    check_input(x, names[0], operation)
     _check_options(options, operation)
     if residual is not None:
         _check_residual(x, residual, operation)
     elif operation.startswith("add_"):
         raise DTypeError(operation, "residual", "got None; expected a tensor")
     if weight is not None:
-        _check_weight(x, weight, operation)
+        _check_weight(x, weight, names, operation)
     elif options.weight_offset != 0:
         raise ArgumentError(operation, "weight_offset", "has no meaning without a weight")
     n_cols = x.shape[-1]
@@ -193,22 +201,23 @@ def _check_residual(x: torch.Tensor, residual: Any, operation: str) -> None:
     _check_place(x, residual, "residual", operation)
 
 
-def _check_weight(x: torch.Tensor, weight: Any, operation: str) -> None:
+def _check_weight(x: torch.Tensor, weight: Any, names: tuple[str, str], operation: str) -> None:
+    of_x, name = names
     if not isinstance(weight, torch.Tensor):
-        raise DTypeError(operation, "weight", f"got {type(weight).__name__}; expected a tensor or None")
+        raise DTypeError(operation, name, f"got {type(weight).__name__}; expected a tensor or None")
     if weight.dtype not in DTYPES or (weight.dtype == torch.float64 and x.dtype != torch.float64):
         known = ", ".join(_name(d) for d in DTYPES if d != torch.float64 or x.dtype == torch.float64)
-        raise DTypeError(operation, "weight", f"got {weight.dtype}; expected one of {known}")
+        raise DTypeError(operation, name, f"got {weight.dtype}; expected one of {known}")
     if weight.dim() != 1 or weight.shape[0] != x.shape[-1]:
-        raise ArgumentError(operation, "weight", f"got shape {tuple(weight.shape)}; expected [{x.shape[-1]}]")
-    _check_place(x, weight, "weight", operation)
+        raise ArgumentError(operation, name, f"got shape {tuple(weight.shape)}; expected [{x.shape[-1]}]")
+    _check_place(x, weight, name, operation, of_x)
 
 
-def _check_place(x: torch.Tensor, other: torch.Tensor, name: str, operation: str) -> None:
+def _check_place(x: torch.Tensor, other: torch.Tensor, name: str, operation: str, of_x: str = "x") -> None:
     if other.layout != torch.strided:
         raise ArgumentError(operation, name, f"is {other.layout}; expected strided")
     if other.device != x.device:
-        raise ArgumentError(operation, name, f"lies on {other.device}, 'x' on {x.device}; move it there")
+        raise ArgumentError(operation, name, f"lies on {other.device}, '{of_x}' on {x.device}; move it there")
 
 
 def _stream_dtypes(dtype: torch.dtype) -> Sequence[torch.dtype]:

@@ -112,12 +112,12 @@ def rope(
         >>> tilewright.rope(torch.randn(2, 128, 8, 64), cos, sin).shape
         torch.Size([2, 128, 8, 64])
     """
-    offset, starts = (0, None) if offsets is None else _split("rope", offsets)
+    offset, starts = (0, None) if offsets is None else split_offsets("rope", offsets)
     inputs = (x, None, cos, sin, position_ids, starts, cu_seqlens)
     options = (
         layout, interleaved, rotary_dim, rotary_offset,
-        context_parallel if context_parallel is None else _hashable(context_parallel),
-        mrope_section if mrope_section is None else _hashable(mrope_section),
+        context_parallel if context_parallel is None else hashable(context_parallel),
+        mrope_section if mrope_section is None else hashable(mrope_section),
         mrope_interleaved, inverse, False, numerics,
     )  # fmt: skip
     return _run("rope", inputs, offset, options, impl, inplace)[0]
@@ -181,12 +181,12 @@ def rope_qk(
         >>> k.shape
         torch.Size([2, 128, 2, 64])
     """
-    offset, starts = (0, None) if offsets is None else _split("rope_qk", offsets)
+    offset, starts = (0, None) if offsets is None else split_offsets("rope_qk", offsets)
     inputs = (q, k, cos, sin, position_ids, starts, cu_seqlens)
     options = (
         layout, interleaved, rotary_dim, rotary_offset,
-        context_parallel if context_parallel is None else _hashable(context_parallel),
-        mrope_section if mrope_section is None else _hashable(mrope_section),
+        context_parallel if context_parallel is None else hashable(context_parallel),
+        mrope_section if mrope_section is None else hashable(mrope_section),
         mrope_interleaved, inverse, False, numerics,
     )  # fmt: skip
     q_out, k_out = _run("rope_qk", inputs, offset, options, impl, inplace)
@@ -251,12 +251,12 @@ def rope_from_angles(
         >>> tilewright.rope_from_angles(torch.randn(2, 128, 8, 64), angles).shape
         torch.Size([2, 128, 8, 64])
     """
-    offset, starts = (0, None) if offsets is None else _split("rope_from_angles", offsets)
+    offset, starts = (0, None) if offsets is None else split_offsets("rope_from_angles", offsets)
     inputs = (x, None, _flat(angles), None, position_ids, starts, cu_seqlens)
     options = (
         layout, interleaved, rotary_dim, rotary_offset,
-        context_parallel if context_parallel is None else _hashable(context_parallel),
-        mrope_section if mrope_section is None else _hashable(mrope_section),
+        context_parallel if context_parallel is None else hashable(context_parallel),
+        mrope_section if mrope_section is None else hashable(mrope_section),
         mrope_interleaved, inverse, False, numerics,
     )  # fmt: skip
     return _run("rope_from_angles", inputs, offset, options, impl, inplace)[0]
@@ -272,12 +272,12 @@ def _check_given(operation: str, inputs: tuple[Any, ...]) -> None:
             )
 
 
-def _hashable(option: Any) -> Any:
+def hashable(option: Any) -> Any:
     """A list as a tuple; anything else is judged where options are."""
     return tuple(option) if isinstance(option, list) else option
 
 
-def _split(operation: str, offsets: int | torch.Tensor) -> tuple[int, torch.Tensor | None]:
+def split_offsets(operation: str, offsets: int | torch.Tensor) -> tuple[int, torch.Tensor | None]:
     """The number added to every position, and the tensor of one for each sequence."""
     if isinstance(offsets, torch.Tensor):
         return 0, offsets
@@ -441,12 +441,12 @@ def _describe(function: Callable[..., Any]) -> Callable[..., Described]:
 
     def describe(*args: Any, **kwargs: Any) -> Described:
         given = bound(function, args, kwargs)
-        offset, starts = (0, None) if given["offsets"] is None else _split(name, given["offsets"])
+        offset, starts = (0, None) if given["offsets"] is None else split_offsets(name, given["offsets"])
         cos, sin = (_flat(given["angles"]), None) if "angles" in given else (given["cos"], given["sin"])
         q, k = (given["x"], None) if "x" in given else (given["q"], given["k"])
         inputs = Inputs(q, k, cos, sin, given["position_ids"], starts, given["cu_seqlens"])
         _check_given(name, inputs)
-        options = Options(**{field: _hashable(given[field]) for field in Options._fields if field in given})
+        options = Options(**{field: hashable(given[field]) for field in Options._fields if field in given})
         return described(inputs, offset, options, given["impl"], name, inplace=given["inplace"])
 
     return describe

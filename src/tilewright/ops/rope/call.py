@@ -211,6 +211,8 @@ def _is_int(value: object) -> bool:
 def argument(field: str, inputs: Sequence[object], operation: str) -> str:
     """What the caller calls a field of :class:`Inputs`."""
     _, k, cos, sin, *_ = inputs
+    if not operation.startswith("rope"):  # another family's function, whose arguments have the fields' names
+        return field
     if field == "q" and operation != "rope_qk" and k is None:
         return "x"
     if field == "cos" and (operation == "rope_from_angles" or (sin is None and cos is not None)):

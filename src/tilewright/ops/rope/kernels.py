@@ -99,7 +99,7 @@ def _cos_sin(
 
 
 @triton.jit
-def _rotation(
+def _matrix(
     cos_ptr, sin_ptr, position, pair, valid, stride_table_position, stride_table_dim,
     X_DTYPE: tl.constexpr, COMPUTE: tl.constexpr, N_PAIRS: tl.constexpr, FULL_TABLE: tl.constexpr,
     INTERLEAVED: tl.constexpr, ROUND_TABLE: tl.constexpr, INVERSE: tl.constexpr, TRANSPOSE: tl.constexpr,
@@ -136,6 +136,146 @@ def _rotation(
 
 
 @triton.jit
+def rotation(
+    cos_ptr, sin_ptr, position_ptr, offset_ptr, cu_seqlens_ptr, batch, token, token_mask, offset,
+    stride_table_position, stride_table_dim,
+    stride_position_row, stride_position_batch, stride_position_token, stride_offset, stride_cu,
+    seqlen, n_positions, n_sequences, search_steps, cp_rank,
+    X_DTYPE: tl.constexpr, COMPUTE: tl.constexpr, N_PAIRS: tl.constexpr, FULL_TABLE: tl.constexpr,
+    INTERLEAVED: tl.constexpr, ROUND_TABLE: tl.constexpr, INVERSE: tl.constexpr, TRANSPOSE: tl.constexpr,
+    CP_SIZE: tl.constexpr, MROPE: tl.constexpr, MROPE_INTERLEAVED: tl.constexpr,
+):  # fmt: skip
+    """What rotates each token's pairs: the matrix's four entries and whether it counts, each [BLOCK_T, BLOCK_P]."""
+    pair = tl.arange(0, triton.next_power_of_2(N_PAIRS))
+    if position_ptr is None:
+        position = _computed_position(
+            batch, token, token_mask, offset_ptr, cu_seqlens_ptr, offset, stride_offset, stride_cu, seqlen,
+            n_sequences, search_steps, cp_rank, CP_SIZE,
+        )[:, None]  # fmt: skip
+    else:
+        position_row = (batch * stride_position_batch + token * stride_position_token)[:, None]
+        if MROPE is not None:
+            axis = _mrope_axis(pair, MROPE[0], MROPE[1], MROPE[2], MROPE_INTERLEAVED)
+            position_row += (axis.to(tl.int64) * stride_position_row)[None, :]
+        position = tl.load(position_ptr + position_row, token_mask[:, None], -1).to(tl.int64)
+    # A position outside the table leaves its token, under MRoPE its pair, unrotated; no access is out of bounds.
+    valid = (position >= 0) & (position < n_positions) & (pair < N_PAIRS)[None, :]
+    m11, m12, m21, m22 = _matrix(
+        cos_ptr, sin_ptr, position, pair[None, :], valid, stride_table_position, stride_table_dim,
+        X_DTYPE, COMPUTE, N_PAIRS, FULL_TABLE, INTERLEAVED, ROUND_TABLE, INVERSE, TRANSPOSE,
+    )  # fmt: skip
+    return m11, m12, m21, m22, valid
+
+
+@triton.jit
+def rotated(x_1, x_2, m11, m12, m21, m22, valid, DTYPE: tl.constexpr, COMPUTE: tl.constexpr):
+    """Pairs [BLOCK_T, BLOCK_H, BLOCK_P] times what :func:`rotation` gives, rounded."""
+    y_1 = x_1.to(COMPUTE) * m11[:, None, :] + x_2.to(COMPUTE) * m12[:, None, :]
+    y_2 = x_1.to(COMPUTE) * m21[:, None, :] + x_2.to(COMPUTE) * m22[:, None, :]
+    y_1 = tl.where(valid[:, None, :], y_1.to(DTYPE), x_1)  # even infinities pass through untouched
+    y_2 = tl.where(valid[:, None, :], y_2.to(DTYPE), x_2)
+    return y_1, y_2
+
+
+@triton.jit
+def tile_of_grid(k_ptr, seqlen, n_q_heads, n_k_heads, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr):
+    """This program's tile: which of its tokens' tiles of heads, how many of these are q's, batch and first token.
+
+    The grid is one axis over (batch, tile of tokens, tile of q's heads then k's), heads fastest.
+    """
+    n_q_tiles = tl.cdiv(n_q_heads, BLOCK_H)
+    n_tiles = n_q_tiles
+    if k_ptr is not None:
+        n_tiles += tl.cdiv(n_k_heads, BLOCK_H)
+    n_token_tiles = tl.cdiv(seqlen, BLOCK_T)
+    tile = tl.program_id(0) % n_tiles
+    row = tl.program_id(0) // n_tiles
+    batch = (row // n_token_tiles).to(tl.int64)
+    return tile, n_q_tiles, batch, (row % n_token_tiles).to(tl.int64) * BLOCK_T
+
+
+@triton.jit
+def heads_of_tile(
+    tile, n_q_tiles, q_ptr, k_ptr, q_out_ptr, k_out_ptr,
+    stride_q_batch, stride_q_token, stride_q_head, stride_k_batch, stride_k_token, stride_k_head,
+    stride_q_out_batch, stride_q_out_token, stride_q_out_head,
+    stride_k_out_batch, stride_k_out_token, stride_k_out_head,
+    n_q_heads, n_k_heads, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    """Whose heads a tile has: pointers of input and output, the first head, their number, and the strides of both."""
+    x_ptr = q_ptr
+    y_ptr = q_out_ptr
+    stride_x_batch = stride_q_batch
+    stride_x_token = stride_q_token
+    stride_x_head = stride_q_head
+    stride_y_batch = stride_q_out_batch
+    stride_y_token = stride_q_out_token
+    stride_y_head = stride_q_out_head
+    n_heads = n_q_heads
+    first_head = tile * BLOCK_H
+    if k_ptr is not None:  # noqa: SIM102 - the first is settled when compiling, the second when running
+        if tile >= n_q_tiles:
+            x_ptr = k_ptr
+            y_ptr = k_out_ptr
+            stride_x_batch = stride_k_batch
+            stride_x_token = stride_k_token
+            stride_x_head = stride_k_head
+            stride_y_batch = stride_k_out_batch
+            stride_y_token = stride_k_out_token
+            stride_y_head = stride_k_out_head
+            n_heads = n_k_heads
+            first_head = (tile - n_q_tiles) * BLOCK_H
+    x_strides = (stride_x_batch, stride_x_token, stride_x_head)
+    y_strides = (stride_y_batch, stride_y_token, stride_y_head)
+    return x_ptr, y_ptr, first_head.to(tl.int64), n_heads, x_strides, y_strides
+
+
+@triton.jit
+def load_pairs(
+    x_ptr, x_row, row_mask, stride_x_dim,
+    N_PAIRS: tl.constexpr, ROTARY_OFFSET: tl.constexpr, INTERLEAVED: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    """The first and the second members of all pairs, each [BLOCK_T, BLOCK_H, BLOCK_P]."""
+    BLOCK_P: tl.constexpr = triton.next_power_of_2(N_PAIRS)
+    if INTERLEAVED:  # one wide load, taken apart in registers
+        column = tl.arange(0, 2 * BLOCK_P)
+        mask = row_mask & (column < 2 * N_PAIRS)[None, None, :]
+        dim = (ROTARY_OFFSET + column)[None, None, :]
+        x = tl.load(x_ptr + x_row + dim * stride_x_dim, mask, 0.0)  # [BLOCK_T, BLOCK_H, 2 * BLOCK_P]
+        x_1, x_2 = tl.split(tl.reshape(x, (BLOCK_T, BLOCK_H, BLOCK_P, 2)))
+    else:
+        pair = tl.arange(0, BLOCK_P)
+        mask = row_mask & (pair < N_PAIRS)[None, None, :]
+        dim = (ROTARY_OFFSET + pair)[None, None, :]
+        x_1 = tl.load(x_ptr + x_row + dim * stride_x_dim, mask, 0.0)
+        x_2 = tl.load(x_ptr + x_row + (dim + N_PAIRS) * stride_x_dim, mask, 0.0)
+    return x_1, x_2
+
+
+@triton.jit
+def store_pairs(
+    y_ptr, y_row, row_mask, stride_y_dim, y_1, y_2,
+    N_PAIRS: tl.constexpr, ROTARY_OFFSET: tl.constexpr, INTERLEAVED: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    """Put back what :func:`load_pairs` took apart."""
+    BLOCK_P: tl.constexpr = triton.next_power_of_2(N_PAIRS)
+    if INTERLEAVED:
+        column = tl.arange(0, 2 * BLOCK_P)
+        mask = row_mask & (column < 2 * N_PAIRS)[None, None, :]
+        dim = (ROTARY_OFFSET + column)[None, None, :]
+        y = tl.reshape(tl.join(y_1, y_2), (BLOCK_T, BLOCK_H, 2 * BLOCK_P))
+        tl.store(y_ptr + y_row + dim * stride_y_dim, y, mask)
+    else:
+        pair = tl.arange(0, BLOCK_P)
+        mask = row_mask & (pair < N_PAIRS)[None, None, :]
+        dim = (ROTARY_OFFSET + pair)[None, None, :]
+        tl.store(y_ptr + y_row + dim * stride_y_dim, y_1, mask)
+        tl.store(y_ptr + y_row + (dim + N_PAIRS) * stride_y_dim, y_2, mask)
+
+
+@triton.jit
 def _copy(
     x_ptr, y_ptr, x_row, y_row, row_mask, stride_x_dim, stride_y_dim,
     START: tl.constexpr, SIZE: tl.constexpr,
@@ -168,26 +308,23 @@ def rope_kernel(
     TRANSPOSE: tl.constexpr, CP_SIZE: tl.constexpr, MROPE: tl.constexpr, MROPE_INTERLEAVED: tl.constexpr,
     COPY_REST: tl.constexpr, COMPUTE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    """Rotate one tile. The grid is one axis over (batch, tile of tokens, tile of q's heads then k's), heads fastest."""
-    n_q_tiles = tl.cdiv(n_q_heads, BLOCK_H)
-    n_tiles = n_q_tiles
-    if k_ptr is not None:
-        n_tiles += tl.cdiv(n_k_heads, BLOCK_H)
-    n_token_tiles = tl.cdiv(seqlen, BLOCK_T)
-    tile = tl.program_id(0) % n_tiles
-    row = tl.program_id(0) // n_tiles
-    batch = (row // n_token_tiles).to(tl.int64)
-    token = (row % n_token_tiles).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    """Rotate one tile."""
+    tile, n_q_tiles, batch, first_token = tile_of_grid(k_ptr, seqlen, n_q_heads, n_k_heads, BLOCK_T, BLOCK_H)
+    token = first_token + tl.arange(0, BLOCK_T)
     token_mask = token < seqlen
-
-    x_ptr = q_ptr
-    y_ptr = q_out_ptr
-    stride_x_batch = stride_q_batch
-    stride_x_token = stride_q_token
-    stride_x_head = stride_q_head
-    stride_y_batch = stride_q_out_batch
-    stride_y_token = stride_q_out_token
-    stride_y_head = stride_q_out_head
+    x_ptr, y_ptr, first_head, n_heads, x_strides, y_strides = heads_of_tile(
+        tile, n_q_tiles, q_ptr, k_ptr, q_out_ptr, k_out_ptr,
+        stride_q_batch, stride_q_token, stride_q_head, stride_k_batch, stride_k_token, stride_k_head,
+        stride_q_out_batch, stride_q_out_token, stride_q_out_head,
+        stride_k_out_batch, stride_k_out_token, stride_k_out_head,
+        n_q_heads, n_k_heads, BLOCK_H,
+    )  # fmt: skip
+    head = first_head + tl.arange(0, BLOCK_H)
+    row_mask = token_mask[:, None, None] & (head < n_heads)[None, :, None]
+    x_ptr += batch * x_strides[0]
+    y_ptr += batch * y_strides[0]
+    x_row = (token * x_strides[1])[:, None, None] + (head * x_strides[2])[None, :, None]
+    y_row = (token * y_strides[1])[:, None, None] + (head * y_strides[2])[None, :, None]
     if UNIT_DIM:
         stride_x_dim: tl.constexpr = 1
         stride_y_dim: tl.constexpr = 1
@@ -197,69 +334,18 @@ def rope_kernel(
         if k_ptr is not None:
             stride_x_dim = tl.where(tile < n_q_tiles, stride_x_dim, stride_k_dim.to(tl.int64))
             stride_y_dim = tl.where(tile < n_q_tiles, stride_y_dim, stride_k_out_dim.to(tl.int64))
-    n_heads = n_q_heads
-    first_head = tile * BLOCK_H
-    if k_ptr is not None:  # noqa: SIM102 - the first is settled when compiling, the second when running
-        if tile >= n_q_tiles:
-            x_ptr = k_ptr
-            y_ptr = k_out_ptr
-            stride_x_batch = stride_k_batch
-            stride_x_token = stride_k_token
-            stride_x_head = stride_k_head
-            stride_y_batch = stride_k_out_batch
-            stride_y_token = stride_k_out_token
-            stride_y_head = stride_k_out_head
-            n_heads = n_k_heads
-            first_head = (tile - n_q_tiles) * BLOCK_H
-    head = first_head.to(tl.int64) + tl.arange(0, BLOCK_H)
-    row_mask = token_mask[:, None, None] & (head < n_heads)[None, :, None]
-    x_ptr += batch * stride_x_batch
-    y_ptr += batch * stride_y_batch
-    x_row = (token * stride_x_token)[:, None, None] + (head * stride_x_head)[None, :, None]
-    y_row = (token * stride_y_token)[:, None, None] + (head * stride_y_head)[None, :, None]
 
-    BLOCK_P: tl.constexpr = triton.next_power_of_2(N_PAIRS)
-    pair = tl.arange(0, BLOCK_P)
-    if INTERLEAVED:  # one wide load, taken apart in registers
-        column = tl.arange(0, 2 * BLOCK_P)
-        mask = row_mask & (column < 2 * N_PAIRS)[None, None, :]
-        dim = (ROTARY_OFFSET + column)[None, None, :]
-        x = tl.load(x_ptr + x_row + dim * stride_x_dim, mask, 0.0)  # [BLOCK_T, BLOCK_H, 2 * BLOCK_P]
-        x_1, x_2 = tl.split(tl.reshape(x, (BLOCK_T, BLOCK_H, BLOCK_P, 2)))
-    else:
-        mask = row_mask & (pair < N_PAIRS)[None, None, :]
-        dim = (ROTARY_OFFSET + pair)[None, None, :]
-        x_1 = tl.load(x_ptr + x_row + dim * stride_x_dim, mask, 0.0)  # [BLOCK_T, BLOCK_H, BLOCK_P]
-        x_2 = tl.load(x_ptr + x_row + (dim + N_PAIRS) * stride_x_dim, mask, 0.0)
-
-    if position_ptr is None:
-        position = _computed_position(
-            batch, token, token_mask, offset_ptr, cu_seqlens_ptr, offset, stride_offset, stride_cu, seqlen,
-            n_sequences, search_steps, cp_rank, CP_SIZE,
-        )[:, None]  # fmt: skip
-    else:
-        position_row = (batch * stride_position_batch + token * stride_position_token)[:, None]
-        if MROPE is not None:
-            axis = _mrope_axis(pair, MROPE[0], MROPE[1], MROPE[2], MROPE_INTERLEAVED)
-            position_row += (axis.to(tl.int64) * stride_position_row)[None, :]
-        position = tl.load(position_ptr + position_row, token_mask[:, None], -1).to(tl.int64)
-    # A position outside the table leaves its token, under MRoPE its pair, unrotated; no access is out of bounds.
-    valid = (position >= 0) & (position < n_positions) & (pair < N_PAIRS)[None, :]
-    m11, m12, m21, m22 = _rotation(
-        cos_ptr, sin_ptr, position, pair[None, :], valid, stride_table_position, stride_table_dim,
+    x_1, x_2 = load_pairs(x_ptr, x_row, row_mask, stride_x_dim, N_PAIRS, ROTARY_OFFSET, INTERLEAVED, BLOCK_T, BLOCK_H)
+    m11, m12, m21, m22, valid = rotation(
+        cos_ptr, sin_ptr, position_ptr, offset_ptr, cu_seqlens_ptr, batch, token, token_mask, offset,
+        stride_table_position, stride_table_dim,
+        stride_position_row, stride_position_batch, stride_position_token, stride_offset, stride_cu,
+        seqlen, n_positions, n_sequences, search_steps, cp_rank,
         q_ptr.dtype.element_ty, COMPUTE, N_PAIRS, FULL_TABLE, INTERLEAVED, ROUND_TABLE, INVERSE, TRANSPOSE,
+        CP_SIZE, MROPE, MROPE_INTERLEAVED,
     )  # fmt: skip
-
-    y_1 = x_1.to(COMPUTE) * m11[:, None, :] + x_2.to(COMPUTE) * m12[:, None, :]
-    y_2 = x_1.to(COMPUTE) * m21[:, None, :] + x_2.to(COMPUTE) * m22[:, None, :]
-    y_1 = tl.where(valid[:, None, :], y_1.to(y_ptr.dtype.element_ty), x_1)  # even infinities pass through untouched
-    y_2 = tl.where(valid[:, None, :], y_2.to(y_ptr.dtype.element_ty), x_2)
-    if INTERLEAVED:
-        y = tl.reshape(tl.join(y_1, y_2), (BLOCK_T, BLOCK_H, 2 * BLOCK_P))
-        tl.store(y_ptr + y_row + dim * stride_y_dim, y, mask)
-    else:
-        tl.store(y_ptr + y_row + dim * stride_y_dim, y_1, mask)
-        tl.store(y_ptr + y_row + (dim + N_PAIRS) * stride_y_dim, y_2, mask)
+    y_1, y_2 = rotated(x_1, x_2, m11, m12, m21, m22, valid, y_ptr.dtype.element_ty, COMPUTE)
+    store_pairs(y_ptr, y_row, row_mask, stride_y_dim, y_1, y_2, N_PAIRS, ROTARY_OFFSET, INTERLEAVED, BLOCK_T, BLOCK_H)
 
     AFTER: tl.constexpr = ROTARY_OFFSET + 2 * N_PAIRS
     if COPY_REST and ROTARY_OFFSET > 0:
@@ -280,25 +366,9 @@ def plan(call: RopeCall, inputs: Inputs, outputs: Outputs) -> Runner:
     if inputs.sin is not None and inputs.sin.stride() != inputs.cos.stride():
         return _with_equal_tables(call, inputs, outputs)
     in_place = outputs[0] is q
-    axes = LAYOUTS[call.options.layout]
-    x_strides = [
-        stride for tensor in (q, k, *outputs) for stride in ((0, 0, 0) if tensor is None else _strides(tensor, axes))
-    ]
     dim_strides = [1 if tensor is None else tensor.stride(-1) for tensor in (q, k, *outputs)]
-    cp_rank, cp_size = call.options.context_parallel or (0, 1)
     tail = (
-        *x_strides,
-        *inputs.cos.stride(),
-        *_position_strides(call, inputs),
-        0 if inputs.offsets is None else inputs.offsets.stride(0),
-        0 if inputs.cu_seqlens is None else inputs.cu_seqlens.stride(0),
-        call.seqlen,
-        call.n_q_heads,
-        call.n_k_heads,
-        call.n_positions,
-        call.n_sequences,
-        call.n_sequences.bit_length(),
-        cp_rank,
+        *walk(call, inputs, outputs),
         *dim_strides,
         all(stride == 1 for stride in dim_strides),
         call.head_dim,
@@ -309,7 +379,7 @@ def plan(call: RopeCall, inputs: Inputs, outputs: Outputs) -> Runner:
         call.options.numerics == "hf",
         call.options.inverse,
         call.options.transpose,
-        cp_size,
+        call.options.parallel_size,
         call.options.mrope_section,
         call.options.mrope_interleaved,
         not in_place,
@@ -319,6 +389,27 @@ def plan(call: RopeCall, inputs: Inputs, outputs: Outputs) -> Runner:
     )
     options = {"num_warps": block.num_warps, "enable_fp_fusion": False}
     return BoundKernel(rope_kernel, programs, q.device, tail, options)
+
+
+def walk(call: RopeCall, inputs: Inputs, outputs: Outputs) -> tuple[int, ...]:
+    """How a kernel walks over these tensors: its arguments from the strides of ``q`` to ``cp_rank``."""
+    axes = LAYOUTS[call.options.layout]
+    rotated = (inputs.q, inputs.k, *outputs)
+    strides = [s for tensor in rotated for s in ((0, 0, 0) if tensor is None else _strides(tensor, axes))]
+    return (
+        *strides,
+        *inputs.cos.stride(),
+        *_position_strides(call, inputs),
+        0 if inputs.offsets is None else inputs.offsets.stride(0),
+        0 if inputs.cu_seqlens is None else inputs.cu_seqlens.stride(0),
+        call.seqlen,
+        call.n_q_heads,
+        call.n_k_heads,
+        call.n_positions,
+        call.n_sequences,
+        call.n_sequences.bit_length(),
+        0 if call.options.context_parallel is None else call.options.context_parallel[0],
+    )
 
 
 def _with_equal_tables(call: RopeCall, inputs: Inputs, outputs: Outputs) -> Runner:
