@@ -327,3 +327,13 @@ def test_the_operator_refuses_to_drop_the_gradient_of_a_table():
     with pytest.raises(ArgumentError) as caught:
         torch.ops.tilewright.rope(x, table.detach(), table)
     assert caught.value.argument == "sin"
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("head_dim", [2, 16])
+def test_tables_of_one_position_whose_strides_differ(target, head_dim):
+    """The stride of a dimension of one is anything, and copying does not change it."""
+    cos, sin = tables(target, head_dim, 1)
+    x = random(target, 2, 1, 3, head_dim)
+    wide = torch.cat((cos, cos, cos), 1)[:, : head_dim // 2]
+    assert same_bits(serve(target, rope, x, wide, sin), serve(target, rope, x, cos, sin))

@@ -363,7 +363,7 @@ def plan(call: RopeCall, inputs: Inputs, outputs: Outputs) -> Runner:
     if programs == 0:
         return lambda tensors, offset: None
     check_programs(programs, "rope", "q")
-    if inputs.sin is not None and inputs.sin.stride() != inputs.cos.stride():
+    if not tables_agree(inputs):
         return _with_equal_tables(call, inputs, outputs)
     in_place = outputs[0] is q
     dim_strides = [1 if tensor is None else tensor.stride(-1) for tensor in (q, k, *outputs)]
@@ -410,6 +410,12 @@ def walk(call: RopeCall, inputs: Inputs, outputs: Outputs) -> tuple[int, ...]:
         call.n_sequences.bit_length(),
         0 if call.options.context_parallel is None else call.options.context_parallel[0],
     )
+
+
+def tables_agree(inputs: Inputs) -> bool:
+    """Whether one set of strides serves both tables; that of a dimension of one says nothing."""
+    cos, sin = inputs.cos, inputs.cos if inputs.sin is None else inputs.sin
+    return all(n <= 1 or s == t for n, s, t in zip(cos.shape, cos.stride(), sin.stride(), strict=True))
 
 
 def _with_equal_tables(call: RopeCall, inputs: Inputs, outputs: Outputs) -> Runner:
