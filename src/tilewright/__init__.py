@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         mhc_pre_delayed,
         mhc_recompute_layers,
     )
+    from tilewright.ops.qk_norm_rope.api import qk_norm_rope
     from tilewright.ops.quant_fp8.api import (
         add_rms_norm_quant_fp8,
         dequant_fp8,
@@ -53,6 +54,7 @@ _HOME = {
     "mhc_pre_broadcast": "tilewright.ops.mhc.api",
     "mhc_pre_delayed": "tilewright.ops.mhc.api",
     "mhc_recompute_layers": "tilewright.ops.mhc.api",
+    "qk_norm_rope": "tilewright.ops.qk_norm_rope.api",
     "quant_fp8": "tilewright.ops.quant_fp8.api",
     "QuantFormat": "tilewright.ops.quant_fp8.format",
     "QuantPolicy": "tilewright.ops.quant_fp8.format",
@@ -90,6 +92,7 @@ __all__ = [
     "mhc_pre_delayed",
     "mhc_recompute_layers",
     "nn",
+    "qk_norm_rope",
     "quant_fp8",
     "register",
     "rms_norm",

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from tilewright.dispatch import Explanation, Operation
     from tilewright.ops.contract import Family
 
-FAMILIES = ("rope", "rms_norm", "quant_fp8", "mhc")
+FAMILIES = ("rope", "rms_norm", "qk_norm_rope", "quant_fp8", "mhc")
 """The folders, in the order of the documentation."""
 
 

@@ -186,7 +186,7 @@ class _Norm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-        grad_x, _, grad_weight = propagate(ctx, grad, None, _run_backward)
+        grad_x, _, grad_weight = propagate(ctx, grad, None, run_backward)
         return grad_x, grad_weight, None, None
 
 
@@ -212,15 +212,16 @@ class _AddedNorm(torch.autograd.Function):
     def backward(
         ctx: Any, grad: torch.Tensor | None, grad_stored: torch.Tensor | None
     ) -> tuple[torch.Tensor | None, ...]:
-        return (*propagate(ctx, grad, grad_stored, _run_backward), None, None)
+        return (*propagate(ctx, grad, grad_stored, run_backward), None, None)
 
 
 _norm, _added_norm = map(record, (_Norm, _AddedNorm))
 
 
-def _run_backward(
+def run_backward(
     inputs: Sequence[torch.Tensor | None], options: tuple[Any, ...], dtype: torch.dtype, weight_grad: bool, impl: Any
 ) -> list[torch.Tensor]:
+    """As ``normalise_backward``, by the registered operator where somebody watches."""
     if torch.is_grad_enabled() or not unobserved(inputs):  # also for gradients of gradients
         return run_registered_backward(inputs, options, dtype, weight_grad, impl)
     return normalise_backward(inputs, options, dtype, weight_grad, impl)

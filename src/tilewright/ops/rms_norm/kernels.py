@@ -88,8 +88,8 @@ def add_squares(squares, z, COMPUTE: tl.constexpr):
 
 @triton.jit
 def inverse_rms(squares, N_COLS: tl.constexpr, EPS: tl.constexpr, COMPUTE: tl.constexpr):
-    """1 / sqrt(mean + EPS) of each row, [BLOCK_M], from squares [BLOCK_M, CHUNK]."""
-    total = tl.sum(squares, axis=1)
+    """1 / sqrt(mean + EPS) of each row, [BLOCK_M], from squares [BLOCK_M, CHUNK]; rows may have more axes."""
+    total = tl.sum(squares, axis=-1)
     n = tl.full(total.shape, N_COLS, COMPUTE)
     if tl.float32 == COMPUTE:  # noqa: SIM108 - settled when compiling
         mean = tl.div_rn(total, n)
@@ -146,15 +146,18 @@ def read_rows(
 def normalised(
     z, rstd, weight, WEIGHT_OFFSET: tl.constexpr, ROUND_NORM: tl.constexpr, DTYPE: tl.constexpr, COMPUTE: tl.constexpr
 ):  # fmt: skip
-    """The norm of a chunk times the weight [CHUNK], if there is one, [BLOCK_M, CHUNK], not rounded at the end."""
-    y = z.to(COMPUTE) * rstd[:, None]
+    """The norm of a chunk times the weight [CHUNK], if there is one, [BLOCK_M, CHUNK], not rounded at the end.
+
+    Rows may have more axes, in the chunk and in ``rstd`` alike.
+    """
+    y = z.to(COMPUTE) * tl.expand_dims(rstd, -1)
     if weight is not None:
         if ROUND_NORM:
             y = y.to(DTYPE).to(COMPUTE)
         weight = weight.to(COMPUTE)
         if WEIGHT_OFFSET != 0:
             weight += WEIGHT_OFFSET
-        y = y * weight[None, :]
+        y = y * weight
     return y
 
 
