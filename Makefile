@@ -25,6 +25,7 @@ type: $(READY)  ## strict type checking
 bench: $(READY)  ## measure the operations on this machine
 	$(BIN)/tilewright bench rope
 	$(BIN)/tilewright bench rms_norm
+	$(BIN)/tilewright bench qk_norm_rope
 	$(BIN)/tilewright bench quant_fp8
 	$(BIN)/tilewright bench mhc
 	$(BIN)/tilewright bench cpu

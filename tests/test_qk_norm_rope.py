@@ -139,6 +139,18 @@ def test_tables_of_one_position_whose_strides_differ(target):
 
 
 @pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("strides", [(1, 1, 1, 1), (7, 1, 16, 1), (16, 16, 3, 1)], ids=str)
+def test_strides_of_dimensions_of_one(target, strides):
+    """They say nothing, and 1 among them is compiled as a constant."""
+    q, k, *rest = tensors(target, tokens=(1, 1), heads=(1, 2))
+    rest += tables(target)
+    expected = serve(target, qk_norm_rope, q, k, *rest, offsets=3)
+    got = serve(target, qk_norm_rope, q.as_strided(q.shape, strides), k, *rest, offsets=3)
+    assert same_bits(got.q, expected.q)
+    assert same_bits(got.k, expected.k)
+
+
+@pytest.mark.parametrize("target", TARGETS)
 def test_outside_the_table_the_norm_alone(target):
     q, k, q_weight, k_weight = tensors(target, dtype=torch.bfloat16)
     positions = integers(target, -1, -7, -1, -2, -1)

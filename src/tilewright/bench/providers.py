@@ -435,7 +435,7 @@ class Suite:
         return tuple(provider for name, provider in by_name.items() if name in names)
 
 
-SUITES = ("rope", "rms_norm", "quant_fp8", "mhc")
+SUITES = ("rope", "rms_norm", "qk_norm_rope", "quant_fp8", "mhc")
 """The families that can be measured: each has a module of its name in this package with a function ``suite``."""
 
 _REGISTERED: dict[str, Callable[[], Suite]] = {}

@@ -5,7 +5,8 @@ Loads of ``x`` are issued first and everything else is computed while they are u
 either member is stored, so writing in place is safe. The table is kept in L2 (``evict_last``) while ``x`` streams by:
 without that, each sequence of a batch fetches it from memory again.
 
-Multiply-add contraction is off, so that a product is rounded before it is added, as in the reference.
+Multiply-add contraction is off, so that a product is rounded before it is added, as in the reference. The kernel of
+``qk_norm_rope`` is made of the same functions.
 """
 
 from __future__ import annotations
