@@ -207,6 +207,32 @@ def test_ropes_that_are_no_pair(how):
         assert "computed from the first one's rotation" in only(report, "refused").reason
 
 
+@pytest.mark.parametrize("how", ["heads", "permuted", "one norm", "used", "eps", "inverse"])
+def test_norms_of_heads_before_their_rotation(how):
+    def run(q, k, cos, sin, wq, wk):
+        y = norm(q, wq)
+        z = k if how == "one norm" else norm(k, wk, eps=1e-5 if how == "eps" else 1e-6)
+        options = {"inverse": how == "inverse"}
+        if how == "permuted":
+            y, z, options = y.transpose(1, 2), z.transpose(1, 2), {"layout": "bhsd"}
+        rotated = tilewright.rope(y, cos, sin, **options), tilewright.rope(z, cos, sin, **options)
+        return (*rotated, y * 2) if how == "used" else rotated
+
+    weights = (torch.rand(64).bfloat16() + 0.5 for _ in range(2))
+    report = fused(run, *rope_inputs(), *weights)
+    if how in ("heads", "permuted"):
+        assert report.counts == {"qk_norm_rope": 1}
+        return
+    assert report.counts == {"rope_qk": 1}
+    reason = {
+        "one norm": "only one of the two",
+        "used": "also used before its rotation",
+        "eps": "different eps: 1e-06 and 1e-05",
+        "inverse": "the rotation is inverse",
+    }[how]
+    assert reason in only(report, "refused").reason
+
+
 def mhc_inputs():
     generator = torch.Generator().manual_seed(2)
     randn = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from tilewright.fusion.rule import Rule
 
 _MAX_ROUNDS = 100
+_RIVAL = " saves more with the same operations"
 
 
 @dataclass(frozen=True)
@@ -60,11 +61,12 @@ def fuse(graph: Graph, rules: Sequence[Rule], policy: Policy, role: Role = "unkn
     disabled: set[str] = set()
     for _ in range(_MAX_ROUNDS):
         index = recognised(graph)
-        proposals, refused = _asked(graph, index, rules, disabled, decided)
+        proposals, said = _asked(graph, index, rules, disabled, decided)
+        refused |= said
         if not _apply(graph, proposals, policy, disabled, decided, refused):
             break
     done = {name for d in decided if d.action == "fused" for name in d.replaced}
-    decided += (d for d in refused.values() if d.node not in done)
+    decided += (d for d in refused.values() if not (d.node in done and d.reason.endswith(_RIVAL)))
     added = {name for d in decided for name in d.added}
     names = {line.name for line in before}
     after = tuple(replace(line, touched=line.name in added or line.name not in names) for line in _lines(graph))
@@ -119,7 +121,7 @@ def _apply(
         rival = next((taken[node] for node in proposal.claims if node in taken), None)
         if rival is not None:
             waits |= not proposal.claims <= taken.keys()  # something of it is left
-            refused[key] = _refused(rule, start, f"{rival} saves more with the same operations")
+            refused[key] = _refused(rule, start, f"{rival}{_RIVAL}")
             continue
         why = _not_allowed(rule, proposal, policy)
         if why:
@@ -133,6 +135,7 @@ def _apply(
             continue
         if outcome.action == "fused":
             decided.append(outcome)
+            refused.pop(key, None)
             taken |= dict.fromkeys(proposal.claims, rule.name)
         else:
             refused[key] = outcome

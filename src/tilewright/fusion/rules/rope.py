@@ -1,24 +1,27 @@
-"""Rotary embedding of queries and keys by one table: one launch for both."""
+"""Rotary embedding of queries and keys by one table: one launch for both, and for the norms of their heads."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.fx import Node
 
-from tilewright.fusion.graph import aten, depends, same_size, value
+from tilewright.fusion.graph import aten, depends, is_call, same_size, seen_through, value, wanted
 from tilewright.fusion.rule import Proposal, Refusal
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-    from torch.fx import Graph, Node
+    from torch.fx import Graph
 
     from tilewright.fusion.found import Found, Index
     from tilewright.fusion.graph import Editor
 
 _TABLE = ("cos", "sin", "freqs_cis", "position_ids", "offsets", "cu_seqlens")
+_NORM = ("eps", "weight_offset", "cast")
 _ONE_AT_A_TIME = ("strides",)
+_NOT_WITH_NORMS = ("strides", "inverse", "transpose", "numerics")
 _OF_THE_FORM = ("table", "products")
 
 
@@ -36,18 +39,8 @@ class RopePair:
 
     def propose(self, graph: Graph, index: Index) -> Iterator[Proposal | Refusal]:
         """Pairs in the order of the graph; what is left over has no partner."""
-        waiting: dict[Any, Found] = {}
-        for found in index.of("rope"):
-            options = {name: given for name, given in found.options.items() if name not in _ONE_AT_A_TIME}
-            key = tuple(found.inputs.get(name) for name in _TABLE), str(sorted(options.items(), key=str))
-            first = waiting.pop(key, None)
-            if first is None:
-                waiting[key] = found
-            elif depends(found.tensor("x"), {first.outputs["y"]}):
-                yield Refusal(found.outputs["y"], "the second tensor is computed from the first one's rotation")
-                waiting[key] = found
-            else:
-                yield self._proposal(first, found)
+        for pair in pairs(index):
+            yield pair if isinstance(pair, Refusal) else self._proposal(*pair)
 
     def _proposal(self, q: Found, k: Found) -> Proposal:
         tensors, results = (q.tensor("x"), k.tensor("x")), (q.outputs["y"], k.outputs["y"])
@@ -71,6 +64,136 @@ class RopePair:
             kernels=(2, 1),  # whoever serves the two serves the pair
             differences=("rope_products",) if q.options.get("products") == "rounded" else (),
         )
+
+
+def pairs(index: Index) -> Iterator[tuple[Found, Found] | Refusal]:
+    """Every two rotations that one call can make."""
+    waiting: dict[Any, Found] = {}
+    for found in index.of("rope"):
+        options = {name: given for name, given in found.options.items() if name not in _ONE_AT_A_TIME}
+        key = tuple(found.inputs.get(name) for name in _TABLE), str(sorted(options.items(), key=str))
+        first = waiting.pop(key, None)
+        if first is None:
+            waiting[key] = found
+        elif depends(found.tensor("x"), {first.outputs["y"]}):
+            yield Refusal(found.outputs["y"], "the second tensor is computed from the first one's rotation")
+            waiting[key] = found
+        else:
+            yield first, found
+
+
+class QkNormRope:
+    """Norms of the heads of q and k, and their rotation."""
+
+    name = "qk_norm_rope"
+    pattern = "rms_norm of each head of q and of k, and rope of both by the same table"
+    replacement = "qk_norm_rope"
+    contract = "the bits of the steps: the norm is rounded before it is rotated; in plain PyTorch as rope_qk"
+    pays: tuple[int | None, int | None] = (None, None)  # the norms are neither written nor read
+
+    def propose(self, graph: Graph, index: Index) -> Iterator[Proposal | Refusal]:
+        """One candidate for each pair of rotations of which one at least is of a norm."""
+        norms = {found.outputs["y"]: found for found in index.of("rms_norm")}
+        for pair in pairs(index):
+            if isinstance(pair, Refusal):
+                continue  # which the rule for the rotations alone has said
+            before = [_normalised(rotation, norms) for rotation in pair]
+            if any(before):
+                yield self._candidate(pair, before)
+
+    def _candidate(
+        self, pair: tuple[Found, Found], before: list[tuple[Found, list[Node]] | None]
+    ) -> Proposal | Refusal:
+        start = pair[0].outputs["y"]
+        first, second = before
+        if first is None or second is None:
+            return Refusal(start, "only one of the two is normalised")
+        why = _different((first[0], second[0]), pair)
+        if why:
+            return Refusal(start, why)
+        for (norm, path), rotation in zip((first, second), pair, strict=True):
+            if wanted(norm.outputs["y"], {rotation.outputs["y"]}, rotation.nodes | set(path)):
+                return Refusal(start, "a norm is also used before its rotation, and the kernel does not return it")
+        return self._proposal(pair, (first, second))
+
+    def _proposal(
+        self, pair: tuple[Found, Found], before: tuple[tuple[Found, list[Node]], tuple[Found, list[Node]]]
+    ) -> Proposal:
+        q, k = pair
+        norms = [norm for norm, _ in before]
+        weights = [norm.inputs["weight"] for norm in norms]
+        results = tuple(rotation.outputs["y"] for rotation in pair)
+        options = {name: norms[0].options[name] for name in _NORM}
+        options |= {name: v for name, v in q.options.items() if name not in (*_NOT_WITH_NORMS, *_OF_THE_FORM)}
+
+        def build(editor: Editor) -> Mapping[Node, Node]:
+            heads = [_replayed(editor, norm.tensor("x"), path) for norm, path in before]
+            table = _table(editor, q, heads[0])
+            call = editor.call(torch.ops.tilewright.qk_norm_rope.default, *heads, *weights, **table, **options)
+            return {old: editor.item(call, place) for place, old in enumerate(results)}
+
+        read = [norm.tensor("x") for norm in norms]
+        table = tuple(node for node in map(q.inputs.get, _TABLE) if node is not None)
+        between = [norm.outputs["y"] for norm in norms]
+        return Proposal(
+            node=results[0],
+            replaces=results,
+            claims=frozenset().union(q.nodes, k.nodes, *(norm.nodes for norm in norms)),
+            build=build,
+            done="the norms of both and their rotation in one launch",
+            moved_before=(*read, *between, *between, *results, *table, *table),
+            moved_after=(*read, *results, *table),
+            kernels=(4, 1),
+            differences=("rope_products",) if q.options.get("products") == "rounded" else (),
+        )
+
+
+def _normalised(rotation: Found, norms: Mapping[Node, Found]) -> tuple[Found, list[Node]] | None:
+    """The norm that a rotation is of, and the views from it to what is rotated; None if there is none."""
+    node, path = rotation.tensor("x"), []
+    while node not in norms:
+        source = _permuted(node) or seen_through(node)
+        if source is None:
+            return None
+        path.append(node)
+        node = source
+    return norms[node], path[::-1]
+
+
+def _permuted(node: Node) -> Node | None:
+    """What a node shows with other dimensions first, its last one in place; None if it is no such view."""
+    if not is_call(node, aten.permute.default):
+        return None
+    source, order = node.args
+    assert isinstance(source, Node)
+    assert isinstance(order, list | tuple)
+    return source if order[-1] in (-1, len(order) - 1) else None
+
+
+def _replayed(editor: Editor, node: Node, path: list[Node]) -> Node:
+    """What views of one tensor would be of another of its shape."""
+    for view in path:
+        node = editor.call(view.target, node, *view.args[1:], **view.kwargs)  # type: ignore[arg-type]
+    return node
+
+
+def _different(norms: tuple[Found, Found], pair: tuple[Found, Found]) -> str:
+    """Why one call cannot make these steps; empty if it can."""
+    first, second = norms
+    for name in _NORM:
+        if first.options[name] != second.options[name]:
+            return f"the norms have different {name}: {first.options[name]} and {second.options[name]}"
+    if first.options["weight_offset"] and any(norm.inputs["weight"] is None for norm in norms):
+        return "a norm adds a number to a weight that it does not have"
+    options = pair[0].options
+    for name in ("inverse", "transpose"):
+        if options.get(name):
+            return f"the rotation is {name}, which qk_norm_rope is not"
+    table = pair[0].inputs.get("cos")
+    if options["numerics"] != "exact" and table is not None and value(table).dtype != value(pair[0].tensor("x")).dtype:
+        return "the rotation rounds its table first, which qk_norm_rope does not"
+    asked = {found.options.get("impl") for found in (*norms, *pair)}
+    return "the operations ask for different implementations" if len(asked) > 1 else ""
 
 
 def _strides(found: Found) -> list[int] | None:
@@ -109,4 +232,4 @@ def _counted(editor: Editor, table: Node) -> Node:
     return editor.call(aten.reshape.default, counted, sizes)
 
 
-RULES: tuple[Any, ...] = (RopePair(),)
+RULES: tuple[Any, ...] = (RopePair(), QkNormRope())
