@@ -72,6 +72,27 @@ def test_graph_shapes(name, shape, dynamic):
     assert operator == "tilewright.rms_norm_quant_fp8.default"
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("case", ["no rows", "one row", "short groups", "one column", "zeros", "tiny", "strided"])
+def test_edge_shapes(case, dtype):
+    """Each rule about quantisation, on what kernels get wrong first."""
+    n = {"short groups": 100, "one column": 2}.get(case, N)
+    x, w = (t.to(dtype) for t in tensors({"no rows": 0, "one row": 1}.get(case, M), n=n))
+    x = {"zeros": x * 0, "tiny": x * 2.0**-14}.get(case, x)
+    if case == "strided":
+        x = torch.cat([x, x], -1)[:, :n]
+
+    def run(x, w):
+        y, z = tilewright.add_rms_norm(x, x, w)
+        gate, up = x.chunk(2, -1)
+        h = torch.nn.functional.silu(gate) * up
+        return quant(norm(x, w)), quant(y), quant(y, group_size=None), z, quant(h, group_size=32)
+
+    report = fused(run, x, w, verify=False)
+    wanted = {"rms_norm_quant": 1, "add_rms_norm_quant": 1, "silu_mul_quant": 1}
+    assert report.counts == wanted, report
+
+
 @pytest.mark.parametrize("eps", [1e-5, 1e-6, 0.3])
 @pytest.mark.parametrize("cast", ["before_weight", "after_weight"])
 @pytest.mark.parametrize("offset", [0.0, 1.0])
@@ -127,6 +148,27 @@ def test_equal_consumers_are_merged_and_their_results_stay_apart():
     report = fused(run, *tensors(2, 3))
     assert "2 equal to another merged" in only(report).reason
     assert sum(t == "aten.clone.default" for t in targets(report)) == 4  # values and scales of two
+
+
+@pytest.mark.parametrize("view", ["view", "unsqueeze", "slice", "rows"])
+def test_merged_results_stay_apart_behind_views(view):
+    def run(x, w):
+        y = norm(x, w)
+        first, second = quant(y)[0], quant(y)[0]
+        return {
+            "view": lambda: (first.view(-1), second.view(-1)),
+            "unsqueeze": lambda: (first, second.unsqueeze(0)),
+            "slice": lambda: (first[1:], second[:2]),
+            "rows": lambda: (*first.unbind(0), *second.unbind(0)),
+        }[view]()
+
+    x, w = tensors(M)
+    with torch.no_grad():
+        compiled = tilewright.compile(run)
+        results, expected = compiled(x, w), run(x, w)
+    assert compiled.fusion_report.counts == {"rms_norm_quant": 1}
+    places = [len({t.untyped_storage().data_ptr() for t in each}) for each in (results, expected)]
+    assert places[0] == places[1]
 
 
 # Sums.
@@ -305,6 +347,36 @@ def test_a_buffer_that_is_written_in_between():
     assert fused(run, *tensors(M), torch.zeros(3)).counts == {"rms_norm_quant": 1}
 
 
+def test_an_adapter_that_raises_is_left_out():
+    def recognise(graph):
+        raise ZeroDivisionError("of no use")
+
+    add_adapter("broken", recognise, version="1")
+    try:
+        report = fused(lambda x, w: quant(norm(x, w)), *tensors(M))
+    finally:
+        remove_adapter("broken")
+    assert report.counts == {"rms_norm_quant": 1}
+    failure = only(report, "failed")
+    assert (failure.rule, failure.reason) == (
+        "broken",
+        "ZeroDivisionError: of no use; the adapter is not used in this graph",
+    )
+
+
+def test_a_rule_without_sense_leaves_the_graph_alone():
+    (rule,) = [r for r in RULES if r.name == "rms_norm_quant"]
+
+    class Senseless:
+        name, pays = "senseless", ("few", "many")
+        pattern = replacement = contract = ""
+        propose = rule.propose
+
+    report = fused(lambda x, w: quant(norm(x, w)), *tensors(M), rules=[Senseless()])
+    assert not report.counts
+    assert only(report, "failed").reason.startswith("TypeError")
+
+
 def test_a_rule_that_raises_leaves_the_graph_alone():
     class Broken:
         name = "broken"
@@ -444,6 +516,7 @@ def test_unknown_options():
         ({"unmet": "ignore"}, "expected 'warn' or 'raise'"),
         ({"numerics": "loose"}, "expected 'strict' or 'relaxed'"),
         ({"backend": "eager"}, "only 'inductor'"),
+        ({"mode": "default", "options": {}}, "either mode or options"),
         ({"options": {"post_grad_custom_post_pass": None}}, "the library's own pass"),
     ):
         with pytest.raises(ArgumentError, match=match):
@@ -475,6 +548,36 @@ def test_a_report_survives_inductors_cache():
     assert not any(g.cached for g in other.graphs)
 
 
+def test_a_hit_is_one_of_the_same_graph():
+    """Other calls that Inductor would find equal after decomposition have reports of their own."""
+    x, w = tensors(M)
+    for run in (lambda x, w: quant(norm(x, w)), lambda x, w: quant(norm(x.contiguous(), w).contiguous())):
+        for mode in (torch.no_grad, torch.inference_mode):
+            torch._dynamo.reset()
+            with mode():
+                compiled = tilewright.compile(run, expect={"rms_norm_quant": 1}, unmet="raise")
+                compiled(x, w)
+            assert compiled.fusion_report.counts == {"rms_norm_quant": 1}
+
+
+def test_layers_of_one_class_share_their_code():
+    class Layer(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(tensors(M)[1])
+
+        def forward(self, x):
+            return quant(norm(x, self.weight.detach()))
+
+    compiled = [tilewright.compile(Layer(), unmet="raise") for _ in range(12)]
+    results = [layer(tensors(M)[0]) for layer in compiled]
+    for got in results[1:]:
+        same(got, results[0])
+    assert compiled[0].fusion_report.counts == {"rms_norm_quant": 1}
+    assert sum(len(layer.fusion_report.graphs) for layer in compiled) < 4
+    assert "an equal compilation had left" in str(compiled[-1].fusion_report)
+
+
 def test_the_identity_is_all_that_decides():
     def identity(**kwargs):
         return options(**kwargs)["post_grad_custom_post_pass"].uuid()
@@ -502,6 +605,7 @@ def test_with_torch_compile_itself():
         report = report_of(given)
         assert report.counts == {"rms_norm_quant": 1}
         assert [g.cached for g in report.graphs] == [cached]
+    assert not report_of(options()).graphs  # nothing has been compiled with these
     with pytest.raises(ArgumentError, match=r"no pass of tilewright.fusion.options"):
         report_of({})
 

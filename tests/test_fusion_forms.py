@@ -129,8 +129,8 @@ def means_norm(seen: Seen, found: Found):
         assert agreement.ok, agreement
     else:
         torch.testing.assert_close(y, expected, rtol=0, atol=0)
-    if "residual" in found.outputs:
-        torch.testing.assert_close(seen.of(found.outputs["residual"]), result.residual, rtol=0, atol=0)
+    if "stored" in found.outputs:
+        torch.testing.assert_close(seen.of(found.outputs["stored"]), result.residual, rtol=0, atol=0)
 
 
 def means_quant(seen: Seen, found: Found):
@@ -321,7 +321,7 @@ def test_a_sum_that_is_normalised_before_it_is_rounded(stream, rounding, stored)
     seen = Seen(f, torch.randn(5, 96).bfloat16(), torch.randn(5, 96).to(stream), torch.rand(96))
     found = seen.one("add_rms_norm")
     assert found.options["residual_rounding"] == rounding
-    assert set(found.outputs) == ({"y", "residual"} if stored else {"y"})
+    assert set(found.outputs) == ({"y", "stored"} if stored else {"y"})
     means_norm(seen, found)
 
 
@@ -617,12 +617,12 @@ def chunk_half(x):
 def rope_options(**changed):
     return {
         "layout": "bhsd", "interleaved": False, "rotary_dim": None, "rotary_offset": 0, "inverse": False,
-        "numerics": "exact", "table": "unproven", "products": "exact",
+        "numerics": "exact", "table": "unproven", "products": "exact", "batched": False,
     } | changed  # fmt: skip
 
 
 def means_rope(seen: Seen, found: Found, truth: bool = False):
-    options = {k: v for k, v in found.options.items() if k not in ("table", "products")}
+    options = {k: v for k, v in found.options.items() if k not in ("table", "products", "batched")}
     x = seen.of(found.inputs["x"])
     if found.options["table"] == "complex":
         freqs = seen.of(found.inputs["freqs_cis"])
@@ -664,7 +664,7 @@ def test_rotations_with_tables_from_outside(half, dim, dtype, dynamic):
     seen = Seen(f, torch.randn(shape).to(dtype), cos, sin, dynamic=dynamic)
     found = seen.one("rope")
     rounded = {} if dtype == torch.float32 else {"numerics": "hf", "products": "rounded"}
-    assert found.options == rope_options(layout="bhsd" if dim == 1 else "bshd", **rounded)
+    assert found.options == rope_options(layout="bhsd" if dim == 1 else "bshd", batched=True, **rounded)
     assert value(found.inputs["cos"]).dim() == 3
     means_rope(seen, found)
 
@@ -717,7 +717,7 @@ def test_rotations_of_a_part(offset):
 
     seen = Seen(f, torch.randn(2, 4, 7, 96), *torch.randn(2, 2, 7, 32))
     found = seen.one("rope")
-    assert found.options == rope_options(rotary_dim=32, rotary_offset=offset)
+    assert found.options == rope_options(rotary_dim=32, rotary_offset=offset, batched=True)
     means_rope(seen, found)
 
 

@@ -170,6 +170,40 @@ def rope_inputs(form, dtype, batch, length=16, dim=64):
     return q.transpose(1, 2), k.transpose(1, 2), *rest
 
 
+@pytest.mark.parametrize("length", [1, 2, 3])
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize(
+    "table", ["of each sequence", "with heads", "shared", "of one sequence", "angle of a sequence"]
+)
+@pytest.mark.parametrize("layout", ["bhsd", "bshd", "sbhd"])
+def test_tables_of_models(layout, table, batch, length):
+    """Whose rows are whose, where sizes are one or equal: each token must be turned by its own."""
+    order = {"bhsd": (0, 1, 2, 3), "bshd": (0, 2, 1, 3), "sbhd": (2, 0, 1, 3)}[layout]  # of batch, heads, tokens
+    shape = {
+        "of each sequence": (batch, 1, length, 64),
+        "with heads": (batch, 1, length, 64),
+        "shared": (1, 1, length, 64),
+        "of one sequence": (1, 1, length, 64),
+        "angle of a sequence": (batch, 1, 1, 64),
+    }[table]
+    generator = torch.Generator().manual_seed(5)
+    q, k = (torch.randn(batch, n, length, 64, generator=generator).permute(order) for n in (4, 2))
+    cos, sin = (torch.randn(shape, generator=generator).permute(order) for _ in range(2))
+    if table == "shared" and layout == "bhsd":
+        cos, sin = cos[0, 0], sin[0, 0]
+
+    def run(q, k, cos, sin):
+        return q * cos + rotate_half(q) * sin, k * cos + rotate_half(k) * sin
+
+    given = q, k, cos.contiguous(), sin.contiguous()
+    with torch.no_grad():
+        results = tilewright.compile(run)(*given)
+        expected = run(*given)
+        truths = run(*(t.double() for t in given))
+    for got, wanted, truth in zip(results, expected, truths, strict=True):
+        assert numerics.compare(got, wanted, truth).ok
+
+
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("form", [rotated_halves, with_table, complex_numbers])

@@ -4,27 +4,20 @@ from __future__ import annotations
 
 import functools
 import warnings
-from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
 from tilewright.errors import ArgumentError, FusionError
-from tilewright.fusion.fuse import Policy
-from tilewright.fusion.graph_pass import FusionPass, keep
 from tilewright.fusion.report import FusionReport
-from tilewright.fusion.rules import RULES
-from tilewright.fusion.store import Store, graph_key
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
-    from contextlib import AbstractContextManager
 
     from tilewright.fusion.rule import Rule
 
 Numerics = Literal["strict", "relaxed"]
 Unmet = Literal["warn", "raise"]
-_SLOT = "post_grad_custom_post_pass"
 
 
 class FusionWarning(UserWarning):
@@ -80,8 +73,12 @@ def compile(
     _check(expect, unmet, numerics, torch_compile_options, rules)
     report = FusionReport()
     if fusion:
+        from tilewright.fusion.backend import Backend, inductor_options
+        from tilewright.fusion.fuse import Policy
+        from tilewright.fusion.graph_pass import FusionPass
+
         passed = FusionPass(report, Policy(numerics == "relaxed", verify), rules)
-        backend = _Backend(passed, _inductor_options(torch_compile_options))
+        backend = Backend(passed, inductor_options(torch_compile_options))
         compiled = torch.compile(function, backend=backend, **torch_compile_options)
         judge = _Judge(report, expect, unmet)
         if isinstance(compiled, torch.nn.Module):
@@ -118,7 +115,11 @@ def options(
         {}
     """
     _check(None, "warn", numerics, {}, rules)
-    return {_SLOT: FusionPass(FusionReport(), Policy(numerics == "relaxed", verify), rules, Store())}
+    from tilewright.fusion.fuse import Policy
+    from tilewright.fusion.graph_pass import SLOT, FusionPass
+    from tilewright.fusion.store import Store
+
+    return {SLOT: FusionPass(FusionReport(), Policy(numerics == "relaxed", verify), rules, Store())}
 
 
 def report_of(given: Mapping[str, Any]) -> FusionReport:
@@ -127,63 +128,16 @@ def report_of(given: Mapping[str, Any]) -> FusionReport:
     Args:
         given: what :func:`options` returned.
     """
-    passed = given.get(_SLOT)
+    from tilewright.fusion.graph_pass import SLOT, FusionPass
+    from tilewright.fusion.store import Store
+
+    passed = given.get(SLOT)
     if not isinstance(passed, FusionPass):
         raise ArgumentError("report_of", "given", "has no pass of tilewright.fusion.options in it")
-    identity = passed.uuid()
-    if not passed.report.graphs and identity is not None:
+    identity = passed.identity()
+    if not passed.report.graphs and passed.was_asked and identity is not None:
         return FusionReport(list(Store().everything(identity)))
     return passed.report
-
-
-class _Backend:
-    """Inductor with the pass in it, which also keeps and recalls what was decided for each graph of Dynamo's.
-
-    Args:
-        passed: the pass.
-        config: Inductor's other options.
-    """
-
-    def __init__(self, passed: FusionPass, config: Mapping[str, Any]) -> None:
-        self._pass, self._config, self._store = passed, dict(config), Store()
-        self.__name__ = "tilewright"
-
-    def __call__(self, module: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
-        """Compile one graph of Dynamo's."""
-        from torch._inductor.compile_fx import compile_fx
-
-        key = graph_key(module, example_inputs)
-        identity = self._pass.uuid()
-        self._pass.made.clear()
-        patches = self._config | {_SLOT: self._pass}
-        with _eager_backward():
-            compiled: Any = compile_fx(module, example_inputs, config_patches=patches)
-        made, self._pass.made = self._pass.made, []
-        report = self._pass.report
-        if identity is not None:
-            if made:
-                keep(self._store, identity, key, made, report)
-            else:
-                report.graphs += self._recalled(identity, key)
-        return compiled
-
-    def _recalled(self, identity: str, key: str) -> tuple[Any, ...]:
-        kept = self._store.recall(identity, key)
-        if kept is None:
-            self._pass.report.notes.append(
-                "a graph came out of Inductor's cache, and what was decided when it was compiled was not kept"
-            )
-        return kept or ()
-
-
-def _eager_backward() -> AbstractContextManager[Any]:
-    """Have a training graph's backward compiled with its forward, so that what is decided in it is kept with it."""
-    from torch._functorch import config
-
-    if hasattr(config, "force_non_lazy_backward_lowering"):
-        patched: AbstractContextManager[Any] = config.patch(force_non_lazy_backward_lowering=True)
-        return patched
-    return nullcontext()
 
 
 class _Judge:
@@ -213,6 +167,9 @@ class _Judge:
 
     def _judge(self) -> None:
         counts = self._report.counts
+        if not self._report.graphs:
+            self._report.notes.append("nothing was compiled: code served that an equal compilation had left, or none")
+            return
         if self._expect is None:
             if not counts:
                 warnings.warn(f"nothing was fused\n{self._report}", FusionWarning, stacklevel=3)
@@ -229,18 +186,10 @@ class _Judge:
             warnings.warn(text, FusionWarning, stacklevel=3)
 
 
-def _inductor_options(given: dict[str, Any]) -> dict[str, Any]:
-    """Take the options of Inductor out of those of ``torch.compile``, as its own wrapper reads them."""
-    from torch import _TorchCompileInductorWrapper
-
-    mode, chosen = given.pop("mode", None), given.pop("options", None)
-    wrapper = _TorchCompileInductorWrapper(mode, chosen, given.get("dynamic"))  # type: ignore[no-untyped-call]
-    given.pop("backend", None)
-    config: dict[str, Any] = dict(wrapper.config)
-    return config
-
-
 def _check(expect: Any, unmet: Any, numerics: Any, given: Mapping[str, Any], rules: Sequence[Rule] | None) -> None:
+    from tilewright.fusion.graph_pass import SLOT
+    from tilewright.fusion.rules import RULES
+
     names = {rule.name for rule in (RULES if rules is None else rules)}
     for name in expect or ():
         if name not in names:
@@ -253,5 +202,7 @@ def _check(expect: Any, unmet: Any, numerics: Any, given: Mapping[str, Any], rul
         raise ArgumentError("compile", "numerics", f"got {numerics!r}; expected 'strict' or 'relaxed'")
     if given.get("backend", "inductor") != "inductor":
         raise ArgumentError("compile", "backend", f"got {given['backend']!r}; only 'inductor' runs custom passes")
-    if _SLOT in (given.get("options") or {}):
-        raise ArgumentError("compile", "options", f"{_SLOT} is where the library's own pass goes")
+    if given.get("mode") is not None and given.get("options") is not None:
+        raise ArgumentError("compile", "mode", "torch.compile takes either mode or options")
+    if SLOT in (given.get("options") or {}):
+        raise ArgumentError("compile", "options", f"{SLOT} is where the library's own pass goes")

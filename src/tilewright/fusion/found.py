@@ -61,10 +61,12 @@ class Index:
     Attributes:
         found: in the order of the graph.
         misses: likewise.
+        failed: the adapters that raised, with what.
     """
 
     found: list[Found] = field(default_factory=list)
     misses: list[NearMiss] = field(default_factory=list)
+    failed: dict[str, str] = field(default_factory=dict)
 
     def of(self, *kinds: str) -> list[Found]:
         """Those of some kinds."""

@@ -7,6 +7,7 @@ this graph, and the graph stays as it was before it was asked.
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -14,7 +15,7 @@ from torch._inductor.pattern_matcher import stable_topological_sort
 from torch._ops import OpOverload
 from torch.fx import Node
 
-from tilewright.fusion.graph import Editor, aten, depends, finish, is_call, same_size, value, where
+from tilewright.fusion.graph import CannotBuild, Editor, aten, depends, finish, is_call, same_size, value, where
 from tilewright.fusion.recognise import index as recognised
 from tilewright.fusion.report import Decision, GraphReport, Line
 from tilewright.fusion.rule import Proposal, Refusal, hint, rows_of, unserved
@@ -61,6 +62,11 @@ def fuse(graph: Graph, rules: Sequence[Rule], policy: Policy, role: Role = "unkn
     disabled: set[str] = set()
     for _ in range(_MAX_ROUNDS):
         index = recognised(graph)
+        decided += (
+            Decision(name, "", "failed", f"{reason}; the adapter is not used in this graph")
+            for name, reason in index.failed.items()
+            if not any(d.rule == name and d.action == "failed" for d in decided)
+        )
         proposals, said = _asked(graph, index, rules, disabled, decided)
         refused |= said
         if not _apply(graph, proposals, policy, disabled, decided, refused):
@@ -79,7 +85,7 @@ def _asked(
     graph: Graph, index: Index, rules: Sequence[Rule], disabled: set[str], decided: list[Decision]
 ) -> tuple[list[tuple[Rule, Proposal]], dict[tuple[str, str], Decision]]:
     """What every rule has to say of a graph."""
-    proposals: list[tuple[Rule, Proposal]] = []
+    proposals: list[tuple[tuple[int, int], Rule, Proposal]] = []
     refused: dict[tuple[str, str], Decision] = {}
     for miss in index.misses:
         decision = Decision(miss.kind, miss.node.name, "refused", f"not quite: {miss.reason}", where(miss.node))
@@ -89,6 +95,7 @@ def _asked(
             continue
         try:
             said = list(rule.propose(graph, index))
+            ranked = [(each.saved, each) for each in said if isinstance(each, Proposal)]
         except Exception as error:  # whatever it is, the graph is as good as before
             decided.append(_failed(rule, graph, error))
             disabled.add(rule.name)
@@ -96,10 +103,9 @@ def _asked(
         for each in said:
             if isinstance(each, Refusal):
                 refused[rule.name, each.node.name] = _refused(rule, each.node, each.reason)
-            else:
-                proposals.append((rule, each))
-    proposals.sort(key=lambda pair: pair[1].saved, reverse=True)
-    return proposals, refused
+        proposals += ((saved, rule, each) for saved, each in ranked)
+    proposals.sort(key=lambda ranked: ranked[0], reverse=True)
+    return [(rule, proposal) for _, rule, proposal in proposals], refused
 
 
 def _apply(
@@ -123,12 +129,9 @@ def _apply(
             waits |= not proposal.claims <= taken.keys()  # something of it is left
             refused[key] = _refused(rule, start, f"{rival}{_RIVAL}")
             continue
-        why = _not_allowed(rule, proposal, policy)
-        if why:
-            refused[key] = _refused(rule, start, why)
-            continue
         try:
-            outcome = _make(graph, rule, proposal, policy, moved)
+            why = _not_allowed(rule, proposal, policy)
+            outcome = _refused(rule, start, why) if why else _make(graph, rule, proposal, policy, moved)
         except Exception as error:  # likewise; what was added is dead
             decided.append(_failed(rule, graph, error, start))
             disabled.add(rule.name)
@@ -158,11 +161,16 @@ def _not_allowed(rule: Rule, proposal: Proposal, policy: Policy) -> str:
 
 def _make(graph: Graph, rule: Rule, proposal: Proposal, policy: Policy, moved: dict[Node, Node]) -> Decision:
     """Put the new operation in, unless its results are not quite what is there now."""
-    editor = Editor(graph, proposal.node, moved)
+    first = min(proposal.claims, key=lambda node: node._sort_key)
+    editor = Editor(graph, proposal.node, first, moved)
     try:
         built = proposal.build(editor)
-    except LookupError as error:
+    except CannotBuild as error:
         return _refused(rule, proposal.node, str(error))
+    if built.keys() != set(proposal.replaces):
+        raise ValueError(
+            f"{rule.name} was to build {sorted(map(str, proposal.replaces))}, got {sorted(map(str, built))}"
+        )
     added = tuple(node.name for node in editor.added)
     why = next(filter(None, (_unlike(old, new) for old, new in built.items())), "")
     if not why and any(depends(new, built) for new in built.values()):
@@ -191,7 +199,7 @@ def _exchange(editor: Editor, built: Mapping[Node, Node], moved: dict[Node, Node
     handed_out: set[Node] = set()
     for old, new in built.items():
         given = new
-        if any(user.op == "output" for user in old.users):
+        if _is_handed_out(old):
             memory = new.args[0] if is_call(new, aten.reshape.default) else new
             assert isinstance(memory, Node)
             if memory in handed_out:
@@ -199,6 +207,19 @@ def _exchange(editor: Editor, built: Mapping[Node, Node], moved: dict[Node, Node
             handed_out.add(memory)
         old.replace_all_uses_with(given)
         moved[old] = given
+
+
+def _is_handed_out(node: Node) -> bool:
+    """Whether a caller gets a node or a part of its memory."""
+    return any(user.op == "output" or (_shows(user) and _is_handed_out(user)) for user in node.users)
+
+
+def _shows(node: Node) -> bool:
+    """Whether what a call gives may lie in memory that it was given."""
+    if not isinstance(node.target, OpOverload):
+        return is_call(node, operator.getitem)
+    returned = node.target._schema.returns
+    return is_call(node, aten.reshape.default) or any(each.alias_info is not None for each in returned)
 
 
 def _unlike(old: Node, new: Node) -> str:

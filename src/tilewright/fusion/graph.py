@@ -130,24 +130,29 @@ def where(node: Node) -> str:
     return f"{file}:{line}: {code.strip()}" if code else f"{file}:{line}"
 
 
+class CannotBuild(Exception):
+    """A proposal turns out not to be possible; its message is the reason that the report gives."""
+
+
 class Editor:
     """Adds nodes to a graph, each with the fake that it will hold.
 
     Args:
         graph: the graph.
         anchor: the node whose source lines the new nodes get.
+        first: in front of which nothing is put, so that what is written in between is still read at the same time.
         moved: which nodes have been replaced by which since the graph was looked at.
     """
 
-    def __init__(self, graph: torch.fx.Graph, anchor: Node, moved: Mapping[Node, Node]) -> None:
-        self.graph, self.anchor, self._moved = graph, anchor, moved
+    def __init__(self, graph: torch.fx.Graph, anchor: Node, first: Node, moved: Mapping[Node, Node]) -> None:
+        self.graph, self.anchor, self._after, self._moved = graph, anchor, first.prev, moved
         self._mode = detect_fake_mode([value(anchor)])
         self.added: list[Node] = []
 
     def call(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> Node:
         """A call, right behind the last of its arguments."""
         args, kwargs = torch.fx.map_arg((args, kwargs), self._now)
-        before = [n for n in self.graph.nodes if n.op == "placeholder"][-1:]
+        before = [self._after]
         torch.fx.map_arg((args, kwargs), before.append)
         with self.graph.inserting_after(max(before, key=lambda n: n._sort_key)):
             node = self.graph.call_function(target, args, kwargs)
@@ -183,7 +188,7 @@ class Editor:
             sizes_of: nodes whose sizes may be asked for where a size is symbolic.
 
         Raises:
-            LookupError: two symbolic sizes are none of theirs.
+            CannotBuild: two symbolic sizes are none of theirs.
         """
         want = value(like).shape
         if len(want) == value(node).dim() and all(map(same_size, want, value(node).shape)):
@@ -196,7 +201,7 @@ class Editor:
                 continue
             known = self._size(size, sources)
             if known is None and inferred:
-                raise LookupError("more than one symbolic size of the result is no size of an input")
+                raise CannotBuild("more than one symbolic size of the result is no size of an input")
             inferred |= known is None
             sizes.append(-1 if known is None else known)
         return self.call(aten.reshape.default, node, sizes)

@@ -27,6 +27,10 @@ if TYPE_CHECKING:
     from tilewright.fusion.store import Store
 
 
+SLOT = "post_grad_custom_post_pass"
+"""The option of Inductor's that takes the pass."""
+
+
 class FusionPass(CustomGraphPass):
     """Fuses graphs and adds what it decides to a report.
 
@@ -43,6 +47,10 @@ class FusionPass(CustomGraphPass):
         register()  # the operators that rules put in
         self.report, self.policy, self._store = report, policy, store
         self.rules = tuple(RULES if rules is None else rules)
+        self.salt = ""
+        """What else compiled code is to depend on: the graph's own key, so that a hit is one of this graph."""
+        self.was_asked = False
+        """Whether Inductor has asked who this is: something was compiled, or found compiled."""
         self.made: list[GraphReport] = []
         """The reports of graphs since somebody last took them away: what a compilation has added."""
 
@@ -51,12 +59,18 @@ class FusionPass(CustomGraphPass):
         done = fuse(graph, self.rules, self.policy, role_of(graph))
         self.report.graphs.append(done)
         self.made.append(done)
-        identity = self.uuid()
+        identity = self.identity()
         if self._store is not None and identity is not None:
             text = "\n".join(f"{line.name} {line.text}" for line in done.before)
             keep(self._store, identity, hashlib.sha256(text.encode()).hexdigest(), [done], self.report)
 
     def uuid(self) -> str | None:
+        """What Inductor's cache asks for: :meth:`identity`, and :attr:`salt`."""
+        self.was_asked = True
+        identity = self.identity()
+        return identity and hashlib.sha256((identity + self.salt).encode()).hexdigest()
+
+    def identity(self) -> str | None:
         """What compiled code depends on besides the graph: a digest, equal in every process.
 
         None, with which Inductor caches nothing, if there is a rule that is not the library's and has no ``version``.

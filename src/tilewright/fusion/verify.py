@@ -76,7 +76,8 @@ def _random(node: Node, seed: int) -> Any:
     held = value(node)
     if not isinstance(held, torch.Tensor):
         return hint(held) if isinstance(held, torch.SymInt) else held
-    sizes, strides = [hint(size) for size in held.shape], [hint(size) for size in held.stride()]
+    whole, strides = [hint(size) for size in held.shape], [hint(size) for size in held.stride()]
+    sizes = [1 if stride == 0 else size for size, stride in zip(whole, strides, strict=True)]  # what is expanded
     generator = torch.Generator().manual_seed(seed)
     made = torch.empty_strided(sizes, strides, dtype=held.dtype, device=held.device)
     if held.dtype.is_floating_point or held.dtype.is_complex:
@@ -87,8 +88,8 @@ def _random(node: Node, seed: int) -> Any:
     else:
         given = torch.randint(0, 2, sizes, generator=generator)
     if held.dtype in _FP8:
-        return given.to(held.device).to(held.dtype)
-    return made.copy_(given.to(held.dtype))
+        return given.to(held.device).to(held.dtype).expand(whole)
+    return made.copy_(given.to(held.dtype)).expand(whole)
 
 
 def _compare(got: torch.Tensor, wanted: torch.Tensor, *, differs: bool) -> str:

@@ -51,14 +51,20 @@ def identity() -> tuple[tuple[str, str], ...]:
 
 def index(graph: Graph) -> Index:
     """Everything that any adapter recognises, in the order of the graph."""
-    recognisers = [import_module(module).recognise for module in _SHIPPED.values()]
+    recognisers = {name: import_module(module).recognise for name, module in _SHIPPED.items()}
+    recognisers |= {name: added for name, (added, _) in _ADDED.items()}
     found: list[Found] = []
     misses: list[NearMiss] = []
-    for recognise in (*recognisers, *(added for added, _ in _ADDED.values())):
-        its_found, its_misses = recognise(graph)
+    failed: dict[str, str] = {}
+    for name, recognise in recognisers.items():
+        try:
+            its_found, its_misses = recognise(graph)
+        except Exception as error:  # whatever it is, the others can go on
+            failed[name] = f"{type(error).__name__}: {error}"
+            continue
         found += its_found
         misses += its_misses
     order = {node: place for place, node in enumerate(graph.nodes)}
     found.sort(key=lambda each: min(order[node] for node in each.nodes))
     misses.sort(key=lambda each: order[each.node])
-    return Index(found, misses)
+    return Index(found, misses, failed)

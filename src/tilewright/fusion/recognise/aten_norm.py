@@ -195,7 +195,7 @@ def _summed(node: Node, match: Match) -> Found | None:
             stored = [total_] if any(user not in inner for user in total_.users) else []
         options = {"cast": cast, "residual_rounding": "rounded" if dtypes[1] == torch.float32 else "exact"}
         whole = _found(match, node, {"x": x, "residual": residual}, options)
-        outputs = {"y": node, **({"residual": stored[0]} if stored else {})}
+        outputs = {"y": node, **({"stored": stored[0]} if stored else {})}
         nodes = inner.union(stored)
         return Found(whole.kind, whole.source, whole.inputs, whole.options, outputs, nodes)
     return None

@@ -131,6 +131,7 @@ def _judge_halves(node: Node, match: Match) -> Found | str | None:
         "numerics": "hf" if rounded else "exact",
         "table": "doubled" if all(_is_doubled(table) for table, _ in tables) else "unproven",
         "products": "rounded" if rounded else "exact",
+        "batched": _is_batched(layout, x, match["cos"]),
     }
     inputs = {"x": x, "cos": tables[0][0], "sin": tables[1][0]}
     nodes = match.nodes.union(*(views for _, views in tables))
@@ -174,6 +175,7 @@ def _judge_complex(node: Node, match: Match) -> Found | str | None:
         "numerics": "exact",
         "table": "complex",
         "products": "exact",
+        "batched": _is_batched(layout, turned, freqs),
     }
     return Found("rope", "aten", {"x": x, "freqs_cis": table}, options, {"y": node}, match.nodes | views)
 
@@ -193,6 +195,12 @@ def _layout(x: Node, table: Node) -> str | None:
     if one[2] and same[1] and (one[0] or same[0]):
         return "bshd"
     return "sbhd" if one[1] and one[2] and same[0] else None
+
+
+def _is_batched(layout: str, x: Node, table: Node) -> bool:
+    """Whether each sequence has rows of its own, as it is broadcast: one for each token, in their order."""
+    given = shape_of(table)
+    return layout in ("bshd", "bhsd") and len(given) == len(shape_of(x)) and not same_size(given[0], 1)
 
 
 def _table(node: Node) -> tuple[Node, frozenset[Node]]:

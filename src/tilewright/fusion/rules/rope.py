@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.fx import Node
 
-from tilewright.fusion.graph import aten, depends, is_call, same_size, seen_through, value, wanted
+from tilewright.fusion.graph import aten, depends, is_call, seen_through, value, wanted
 from tilewright.fusion.rule import Proposal, Refusal
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ _TABLE = ("cos", "sin", "freqs_cis", "position_ids", "offsets", "cu_seqlens")
 _NORM = ("eps", "weight_offset", "cast")
 _ONE_AT_A_TIME = ("strides",)
 _NOT_WITH_NORMS = ("strides", "inverse", "transpose", "numerics")
-_OF_THE_FORM = ("table", "products")
+_OF_THE_FORM = ("table", "products", "batched")
 
 
 class RopePair:
@@ -214,19 +214,19 @@ def _table(editor: Editor, found: Found, x: Node) -> dict[str, Any]:
         cos, sin = (editor.call(aten.select.int, pairs, -1, part) for part in (0, 1))
     else:
         cos, sin = found.tensor("cos"), found.tensor("sin")
-    rows, positions = value(cos).shape[:-1], None
-    if len(rows) == 2 and not any(same_size(size, 1) for size in rows):
-        positions = _counted(editor, cos)
-    if len(rows) > 1:
+    positions = None
+    if found.options["batched"]:
+        tokens = (0, 1 if found.options["layout"] == "bshd" else 2)
+        positions = _counted(editor, [editor.size(x, dim) for dim in tokens], value(cos).device)
+    if value(cos).dim() > 2:
         flat = [-1, editor.size(cos, -1)]
         cos, sin = (editor.call(aten.reshape.default, each, flat) for each in (cos, sin))
     return {"cos": cos, "sin": sin, "position_ids": positions}
 
 
-def _counted(editor: Editor, table: Node) -> Node:
-    """The row of a table ``[B, S, D]``, counted over both dimensions, for each token: ``[B, S]``."""
-    sizes = [editor.size(table, dim) for dim in (0, 1)]
-    filled = editor.call(aten.full.default, sizes, 1, dtype=torch.int64, device=value(table).device, pin_memory=False)
+def _counted(editor: Editor, sizes: list[int | Node], device: torch.device) -> Node:
+    """The row of a table for each token, where the tokens' rows follow one another: ``[B, S]``."""
+    filled = editor.call(aten.full.default, sizes, 1, dtype=torch.int64, device=device, pin_memory=False)
     flat = editor.call(aten.reshape.default, filled, [-1])
     counted = editor.call(aten.sub.Tensor, editor.call(aten.cumsum.default, flat, 0), 1)
     return editor.call(aten.reshape.default, counted, sizes)

@@ -1,0 +1,87 @@
+"""Inductor as a back end of ``torch.compile``, with the fusion pass in it."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
+
+from tilewright.fusion.graph_pass import SLOT, FusionPass, keep
+from tilewright.fusion.store import Store, graph_key
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from contextlib import AbstractContextManager
+
+    import torch
+
+
+class Backend:
+    """Inductor with the pass in it, which also keeps and recalls what was decided for each graph of Dynamo's.
+
+    Args:
+        passed: the pass.
+        config: Inductor's other options.
+    """
+
+    def __init__(self, passed: FusionPass, config: Mapping[str, Any]) -> None:
+        self._pass, self._config, self._store = passed, dict(config), Store()
+        self.__name__ = "tilewright"
+
+    def __eq__(self, other: object) -> bool:
+        """Dynamo serves a call by code that an equal backend has compiled, as for the layers of one class."""
+        if not isinstance(other, Backend):
+            return NotImplemented
+        mine, its = self._pass.identity(), other._pass.identity()
+        return self is other or (mine is not None and mine == its and self._config == other._config)
+
+    def __hash__(self) -> int:
+        return hash(self._pass.identity())
+
+    def __call__(self, module: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
+        """Compile one graph of Dynamo's."""
+        from torch._inductor.compile_fx import compile_fx
+
+        key = graph_key(module, example_inputs)
+        identity = self._pass.identity()
+        self._pass.made.clear()
+        self._pass.salt = key
+        patches = self._config | {SLOT: self._pass}
+        with _eager_backward():
+            compiled: Any = compile_fx(module, example_inputs, config_patches=patches)
+        made, self._pass.made = self._pass.made, []
+        report = self._pass.report
+        if identity is not None:
+            if made:
+                keep(self._store, identity, key, made, report)
+            else:
+                report.graphs += self._recalled(identity, key)
+        return compiled
+
+    def _recalled(self, identity: str, key: str) -> tuple[Any, ...]:
+        kept = self._store.recall(identity, key)
+        if kept is None:
+            self._pass.report.notes.append(
+                "a graph came out of Inductor's cache, and what was decided when it was compiled was not kept"
+            )
+        return kept or ()
+
+
+def _eager_backward() -> AbstractContextManager[Any]:
+    """Have a training graph's backward compiled with its forward, so that what is decided in it is kept with it."""
+    from torch._functorch import config
+
+    if hasattr(config, "force_non_lazy_backward_lowering"):
+        patched: AbstractContextManager[Any] = config.patch(force_non_lazy_backward_lowering=True)
+        return patched
+    return nullcontext()
+
+
+def inductor_options(given: dict[str, Any]) -> dict[str, Any]:
+    """Take the options of Inductor out of those of ``torch.compile``, as its own wrapper reads them."""
+    from torch import _TorchCompileInductorWrapper
+
+    mode, chosen = given.pop("mode", None), given.pop("options", None)
+    wrapper = _TorchCompileInductorWrapper(mode, chosen, given.get("dynamic"))  # type: ignore[no-untyped-call]
+    given.pop("backend", None)
+    config: dict[str, Any] = dict(wrapper.config)
+    return config
