@@ -65,7 +65,7 @@ def show(result: DemoResult, console: Console) -> None:
         console.print(Text(line))
     if result.compiled is not None:
         console.print(Text(result.compiled_line))
-        console.print(Text(result.compiled.report))
+        console.print(Text(result.compiled.report), soft_wrap=True)
     written = f" Report: {result.report}" if result.report else ""
     console.print(Text(f"{result.seconds:.0f} s on {result.environment['device']}.{written}"), soft_wrap=True)
 
