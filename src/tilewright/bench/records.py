@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import tempfile
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tilewright.errors import BenchmarkError
+from tilewright.files import replace_text
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
+    from pathlib import Path
 
     Record = dict[str, Any]
 
@@ -27,16 +26,7 @@ FORMAT = 1
 def write(path: Path, records: Iterable[Record]) -> None:
     """Write all records or nothing: the file appears, or is replaced, only when it is complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            for record in records:
-                file.write(json.dumps(_finite(record), allow_nan=False) + "\n")
-        Path(name).chmod(0o644)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    replace_text(path, "".join(json.dumps(_finite(record), allow_nan=False) + "\n" for record in records))
 
 
 def read(path: Path) -> list[Record]:

@@ -354,11 +354,6 @@ def shape_of(node: Node) -> tuple[Any, ...]:
     return tuple(value(node).shape)
 
 
-def same_shape(a: Sequence[Any], b: Sequence[Any]) -> bool:
-    """Whether two shapes are known to be equal."""
-    return len(a) == len(b) and all(map(same_size, a, b))
-
-
 def plain(dtype: torch.dtype) -> str:
     """A dtype's name."""
     return str(dtype).removeprefix("torch.")

@@ -15,7 +15,18 @@ from torch._inductor.pattern_matcher import stable_topological_sort
 from torch._ops import OpOverload
 from torch.fx import Node
 
-from tilewright.fusion.graph import CannotBuild, Editor, aten, depends, finish, is_call, same_size, value, where
+from tilewright.fusion.graph import (
+    CannotBuild,
+    Editor,
+    aten,
+    depends,
+    finish,
+    is_call,
+    same_shape,
+    same_size,
+    value,
+    where,
+)
 from tilewright.fusion.recognise import index as recognised
 from tilewright.fusion.report import Decision, GraphReport, Line
 from tilewright.fusion.rule import Proposal, Refusal, hint, rows_of, unserved
@@ -228,7 +239,7 @@ def _unlike(old: Node, new: Node) -> str:
     for what in ("dtype", "device"):
         if getattr(was, what) != getattr(is_now, what):
             return f"{old.name} is {getattr(was, what)} now and would be {getattr(is_now, what)}"
-    if was.dim() != is_now.dim() or not all(map(same_size, was.shape, is_now.shape)):
+    if not same_shape(was.shape, is_now.shape):
         return f"{old.name} has shape {tuple(was.shape)} now and would have {tuple(is_now.shape)}"
     for size, a, b in zip(was.shape, was.stride(), is_now.stride(), strict=True):
         if not same_size(size, 1) and not same_size(a, b):

@@ -13,7 +13,7 @@ from torch._guards import detect_fake_mode
 from torch.fx import Node
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+    from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 
 aten, prims = torch.ops.aten, torch.ops.prims
 
@@ -100,17 +100,26 @@ def wanted(node: Node, cut: Collection[Node], inner: Collection[Node]) -> bool:
     return False
 
 
+def same_shape(a: Sequence[Any], b: Sequence[Any]) -> bool:
+    """Whether two shapes are known to be equal."""
+    return len(a) == len(b) and all(map(same_size, a, b))
+
+
+def needed(nodes: Iterable[Node]) -> Iterator[Node]:
+    """Some nodes and all that they are computed from, each once."""
+    seen: set[Node] = set()
+    waiting = list(nodes)
+    while waiting:
+        node = waiting.pop()
+        if node not in seen:
+            seen.add(node)
+            yield node
+            waiting.extend(node.all_input_nodes)
+
+
 def depends(node: Node, on: Iterable[Node]) -> bool:
     """Whether a node needs one of some others."""
-    targets, seen, waiting = set(on), set(), [node]
-    while waiting:
-        current = waiting.pop()
-        if current in targets:
-            return True
-        if current not in seen:
-            seen.add(current)
-            waiting.extend(current.all_input_nodes)
-    return False
+    return not set(on).isdisjoint(needed([node]))
 
 
 _NOT_THE_USERS = (str(Path(__file__).parents[1] / "ops"), str(Path(torch.__file__).parent))
@@ -191,7 +200,7 @@ class Editor:
             CannotBuild: two symbolic sizes are none of theirs.
         """
         want = value(like).shape
-        if len(want) == value(node).dim() and all(map(same_size, want, value(node).shape)):
+        if same_shape(want, value(node).shape):
             return node
         sizes: list[int | Node] = []
         sources, inferred = [node, *sizes_of], False
@@ -221,17 +230,3 @@ def finish(graph: torch.fx.Graph) -> None:
     stable_topological_sort(graph)
     graph.eliminate_dead_code()
     graph.lint()
-
-
-def rows(node: Node) -> Any:
-    """How many rows a tensor has: an int, or an expression of symbols."""
-    shape = value(node).shape
-    total: Any = 1
-    for size in shape[:-1]:
-        total = total * size
-    return total
-
-
-def walk(nodes: Iterable[Node]) -> Iterator[Node]:
-    """The calls among some nodes."""
-    return (node for node in nodes if node.op == "call_function")

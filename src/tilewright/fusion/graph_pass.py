@@ -59,8 +59,7 @@ class FusionPass(CustomGraphPass):
         done = fuse(graph, self.rules, self.policy, role_of(graph))
         self.report.graphs.append(done)
         self.made.append(done)
-        identity = self.identity()
-        if self._store is not None and identity is not None:
+        if self._store is not None and (identity := self.identity()) is not None:
             text = "\n".join(f"{line.name} {line.text}" for line in done.before)
             keep(self._store, identity, hashlib.sha256(text.encode()).hexdigest(), [done], self.report)
 

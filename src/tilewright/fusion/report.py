@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from tilewright.files import replace_text
+
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
@@ -148,24 +150,9 @@ class FusionReport:
             text = page(self)
         else:
             text = json.dumps(self.to_json(), indent=1) + "\n"
-        write(target, text)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        replace_text(target, text)
         return target
-
-
-def write(target: Path, text: str) -> None:
-    """Write a file aside, then rename it."""
-    import os
-    import tempfile
-
-    target.parent.mkdir(parents=True, exist_ok=True)
-    handle, aside = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        Path(aside).replace(target)
-    except BaseException:
-        Path(aside).unlink(missing_ok=True)
-        raise
 
 
 def graph_report(data: Mapping[str, Any], *, cached: bool = False) -> GraphReport:

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from tilewright.errors import ArgumentError
-from tilewright.fusion.report import graph_report, write
+from tilewright.files import replace_text
+from tilewright.fusion.report import graph_report
 
 if TYPE_CHECKING:
     import types
@@ -61,7 +62,8 @@ class Store:
         data = [asdict(replace(graph, cached=False)) for graph in graphs]
         body = json.dumps(data, separators=(",", ":"))
         record = {"format": _FORMAT, "sha256": _sha256(body), "graphs": data}
-        write(path, json.dumps(record, separators=(",", ":")) + "\n")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        replace_text(path, json.dumps(record, separators=(",", ":")) + "\n")
 
     def recall(self, identity: str, graph_key: str) -> tuple[GraphReport, ...] | None:
         """What was kept for a program, marked as cached; None if nothing was, or its file cannot be understood.

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from tilewright.fusion.graph import value
+from tilewright.fusion.graph import needed, value
 from tilewright.fusion.rule import hint
 from tilewright.numerics import EQUAL_CODES, compare_codes
 
@@ -52,18 +52,8 @@ def disagreement(graph: Graph, built: Mapping[Node, Node], *, differs: bool = Fa
 
 def _between(built: Mapping[Node, Node]) -> set[Node]:
     """The nodes that only one of the two ways needs."""
-    return {node for node in _needed(built) ^ _needed(built.values()) if node.op == "call_function"}
-
-
-def _needed(nodes: Any) -> set[Node]:
-    found: set[Node] = set()
-    waiting = list(nodes)
-    while waiting:
-        node = waiting.pop()
-        if node not in found:
-            found.add(node)
-            waiting.extend(node.all_input_nodes)
-    return found
+    either = set(needed(built)) ^ set(needed(built.values()))
+    return {node for node in either if node.op == "call_function"}
 
 
 def _run(node: Node, known: Mapping[Node, Any]) -> Any:

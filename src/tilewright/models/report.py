@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tilewright.errors import ArgumentError
+from tilewright.files import replace_text
 from tilewright.models import figures
 from tilewright.models.result import TABLE_HEADS, table_rows
 from tilewright.optional import require
@@ -50,12 +51,7 @@ def write(result: DemoResult, output: str | Path) -> Path:
     path = check_output(output)
     require("matplotlib", "the report of tilewright demo")
     page = render(result)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        beside.write_text(page, encoding="utf-8")
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
+    replace_text(path, page)
     return path
 
 

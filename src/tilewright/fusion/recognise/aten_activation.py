@@ -29,12 +29,11 @@ from tilewright.fusion.forms import (
     piece,
     plain,
     product,
-    same_shape,
     shape_of,
     total,
 )
 from tilewright.fusion.found import Found, NearMiss
-from tilewright.fusion.graph import aten, is_call
+from tilewright.fusion.graph import aten, is_call, same_shape
 
 if TYPE_CHECKING:
     from torch.fx import Graph, Node

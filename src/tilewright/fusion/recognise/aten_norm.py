@@ -44,12 +44,11 @@ from tilewright.fusion.forms import (
     over_last,
     plain,
     product,
-    same_shape,
     shape_of,
     total,
 )
 from tilewright.fusion.found import Found, NearMiss
-from tilewright.fusion.graph import aten, is_call, origin, same_size
+from tilewright.fusion.graph import aten, is_call, origin, same_shape, same_size
 from tilewright.ops.rms_norm.call import MIN_EPS
 
 if TYPE_CHECKING:

@@ -49,11 +49,10 @@ from tilewright.fusion.forms import (
     over_last,
     plain,
     product,
-    same_shape,
     shape_of,
 )
 from tilewright.fusion.found import Found, NearMiss
-from tilewright.fusion.graph import aten, is_call, same_size
+from tilewright.fusion.graph import aten, is_call, same_shape, same_size
 from tilewright.fusion.graph import value as fake_of
 from tilewright.ops.quant_fp8.format import DTYPES, GROUP_SIZES, QuantFormat, QuantPolicy, checked
 

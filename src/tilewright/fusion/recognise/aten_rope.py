@@ -46,12 +46,11 @@ from tilewright.fusion.forms import (
     piece,
     plain,
     product,
-    same_shape,
     shape_of,
     total,
 )
 from tilewright.fusion.found import Found, NearMiss
-from tilewright.fusion.graph import aten, is_call, same_size
+from tilewright.fusion.graph import aten, is_call, same_shape, same_size
 from tilewright.fusion.graph import value as fake_of
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from tilewright.fusion.graph import depends, origin, same_size, value, wanted
+from tilewright.fusion.graph import depends, origin, same_shape, value, wanted
 from tilewright.fusion.rule import Proposal, Refusal
 
 if TYPE_CHECKING:
@@ -159,8 +159,7 @@ class PreNorm:
 
 
 def _same_streams(a: Node, b: Node) -> bool:
-    of_a, of_b = value(a).shape, value(b).shape
-    return len(of_b) >= 2 and all(map(same_size, of_a[-2:], of_b[-2:]))
+    return same_shape(value(a).shape[-2:], value(b).shape[-2:])
 
 
 RULES: tuple[Any, ...] = (PostPre(), PreNorm())

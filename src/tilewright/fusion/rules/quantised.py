@@ -10,8 +10,9 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.fx import Node
 
-from tilewright.fusion.graph import aten, depends, is_call, origin, same_size, value, wanted
+from tilewright.fusion.graph import aten, depends, is_call, origin, same_shape, value, wanted
 from tilewright.fusion.rule import Proposal, Refusal, unite
 from tilewright.ops.quant_fp8.call import MAX_FORMATS
 from tilewright.ops.quant_fp8.format import QuantFormat, encoded
@@ -19,7 +20,7 @@ from tilewright.ops.quant_fp8.format import QuantFormat, encoded
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-    from torch.fx import Graph, Node
+    from torch.fx import Graph
 
     from tilewright.fusion.found import Found, Index
     from tilewright.fusion.graph import Editor
@@ -72,7 +73,9 @@ def norms_of_sums(index: Index) -> Iterator[Producer]:
         total = origin(found.tensor("x"))
         if is_sum(total):
             options = {name: found.options[name] for name in _NORM_OPTIONS} | {"residual_rounding": "rounded"}
-            x, residual = total.all_input_nodes * (1 if len(total.all_input_nodes) == 2 else 2)
+            x, residual = total.args
+            assert isinstance(x, Node)
+            assert isinstance(residual, Node)
             tensors = (x, residual, found.inputs["weight"])
             yield Producer(found, found.outputs["y"], tensors, options, total, found.nodes | {total})
 
@@ -87,11 +90,10 @@ def is_sum(node: Node) -> bool:
     """Whether a node is the sum of two tensors of one shape and dtype."""
     if not is_call(node, aten.add.Tensor) or node.kwargs or len(node.args) != 2:
         return False
-    values = [value(n) if isinstance(n, torch.fx.Node) else None for n in node.args]
-    if not all(isinstance(v, torch.Tensor) for v in values):
+    a, b = (value(n) if isinstance(n, Node) else None for n in node.args)
+    if not isinstance(a, torch.Tensor) or not isinstance(b, torch.Tensor):
         return False
-    a, b = map(value, node.args)  # type: ignore[arg-type]
-    return a.dtype == b.dtype and a.dim() == b.dim() and all(map(same_size, a.shape, b.shape))
+    return a.dtype == b.dtype and same_shape(a.shape, b.shape)
 
 
 class QuantisedRule:
@@ -215,10 +217,8 @@ def _format(found: Found) -> QuantFormat:
 
 def _one_launch(united: list[list[Found]]) -> list[list[Found]]:
     """The most consumers that one launch serves: those without a given scale, or those with one and the same."""
-    by_scale: dict[Any, list[list[Found]]] = {}
-    for same in united:
-        by_scale.setdefault(same[0].inputs["scale"], []).append(same)
-    return max(by_scale.values(), key=lambda group: min(len(group), MAX_FORMATS))[:MAX_FORMATS]
+    by_scale = unite((same[0].inputs["scale"], same) for same in united)
+    return max(by_scale, key=lambda group: min(len(group), MAX_FORMATS))[:MAX_FORMATS]
 
 
 def depends_on_itself(producer: Producer, group: list[list[Found]]) -> bool:
