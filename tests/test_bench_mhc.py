@@ -339,8 +339,9 @@ def test_the_other_orientation_is_caught() -> None:
 @pytest.mark.parametrize("function", [PRE, POST_PRE])
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def test_weights_are_judged_as_they_are_rounded(function: str, direction: Direction) -> None:
-    """From the finest to the coarsest: none passes for a finer one."""
-    task = task_of(function, direction, tokens=64, hidden=256)
+    """From the finest to the coarsest: none passes for a finer one. The more tokens a gradient sums over, the more
+    of its rounding may go either way: few of them tell the formulations apart, whatever the data."""
+    task = task_of(function, direction, tokens=8, hidden=256)
     finest_first = [mhc.two_numbers(task), mhc.tf32(task), mhc.streams_dtype(task)]
     for rank, finer in enumerate(finest_first):
         for coarser in finest_first[rank + 1 :]:

@@ -46,6 +46,9 @@ CPU_MAX_BYTES = 64 * 2**20
 CPU_QUICK_PER_SWEEP = 1
 """Workloads of each sweep, the largest, that a quick run on a CPU measures: each costs four compilations."""
 
+GRADS_SEED = 0
+"""Of the gradients that a backward is given: each run measures, and judges, the same numbers."""
+
 DIRECTIONS: tuple[Direction, ...] = get_args(Direction)
 
 
@@ -421,7 +424,8 @@ def make_task(
     task = Task(workload.function, "forward", args, dict(arguments.kwargs), wrt, grads, dtype, n_bytes)
     if direction == "backward":
         results = suite.formulation.evaluate(task)
-        grads = tuple(torch.randn(r.shape, device=device).to(r.dtype) for r in results)
+        generator = torch.Generator(device).manual_seed(GRADS_SEED)
+        grads = tuple(torch.randn(r.shape, generator=generator, device=device).to(r.dtype) for r in results)
         task = Task(workload.function, direction, args, dict(arguments.kwargs), wrt, grads, dtype, n_bytes)
     return task
 
