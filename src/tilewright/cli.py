@@ -62,7 +62,11 @@ def _parser() -> argparse.ArgumentParser:
     explain.add_argument("--impl", help="ask for this implementation")
 
     bench = command("bench", _bench, "measure an operation against its peers, or the compiled CPU target")
-    bench.add_argument("family", help="an operation family, such as rope, or `cpu`: plain Triton kernels on the CPU")
+    bench.add_argument(
+        "family",
+        help="an operation family, such as rope; `cpu`: plain Triton kernels on the CPU; `fusion`: a decoder layer "
+        "compiled with graph fusion and without",
+    )
     bench.add_argument("--providers", nargs="+", help="what to measure (default: all that are installed)")
     bench.add_argument("--workloads", nargs="+", help="which shapes, by name (default: all)")
     bench.add_argument(
@@ -139,6 +143,8 @@ def _explain(arguments: argparse.Namespace) -> int:
 def _bench(arguments: argparse.Namespace) -> int:
     if arguments.family == "cpu":
         return _bench_cpu(arguments)
+    if arguments.family == "fusion":
+        return _bench_fusion(arguments)
     from tilewright.bench import runner
 
     def stop(number: int, frame: object) -> None:
@@ -164,10 +170,28 @@ def _bench(arguments: argparse.Namespace) -> int:
     return EXIT_DISAGREEMENT if result.wrong else 0
 
 
-def _bench_cpu(arguments: argparse.Namespace) -> int:
-    for option in ("providers", "workloads", "directions", "dtype", "device"):
+def _leave_out(arguments: argparse.Namespace, *options: str) -> None:
+    for option in options:
         if getattr(arguments, option) is not None:
-            raise ArgumentError("bench cpu", option, "this benchmark has workloads of its own; leave the option out")
+            name = f"bench {arguments.family}"
+            raise ArgumentError(name, option, "this benchmark has workloads of its own; leave the option out")
+
+
+def _bench_fusion(arguments: argparse.Namespace) -> int:
+    _leave_out(arguments, "providers", "directions", "dtype")
+    from tilewright.bench import fusion
+
+    return fusion.main(
+        arguments.output,
+        device=arguments.device,
+        workloads=arguments.workloads,
+        quick=arguments.quick,
+        json_output=arguments.json,
+    )
+
+
+def _bench_cpu(arguments: argparse.Namespace) -> int:
+    _leave_out(arguments, "providers", "workloads", "directions", "dtype", "device")
     from tilewright.bench import cpu_target
 
     return cpu_target.main(arguments.output, quick=bool(arguments.quick), json_output=arguments.json)

@@ -13,13 +13,11 @@ from __future__ import annotations
 import ctypes
 import json
 import os
-import re
 import subprocess
 import sys
 import tempfile
 import time
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +34,7 @@ from tilewright.optional import require
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
+    from pathlib import Path
 
     from rich.console import Console
 
@@ -409,15 +408,9 @@ def main(
 
 
 def _write(output: Path | str | None, found: list[Record]) -> Path:
-    path = _path(Path("bench-results") if output is None else Path(output), found[0]["device"])
+    path = records.path_of("bench-results" if output is None else output, "cpu", found[0]["device"])
     records.write(path, found)
     return path
-
-
-def _path(output: Path, device: str) -> Path:
-    if output.suffix == ".jsonl":
-        return output
-    return output / f"cpu-{re.sub(r'[^a-z0-9]+', '-', device.lower()).strip('-')}.jsonl"
 
 
 def show(found: Sequence[Record], console: Console) -> None:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import math
+import re
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tilewright.errors import BenchmarkError
@@ -15,12 +17,24 @@ from tilewright.files import replace_text
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
-    from pathlib import Path
 
     Record = dict[str, Any]
 
 FORMAT = 1
 """Version of the records' fields, in the first record."""
+
+
+def path_of(output: Path | str, *words: str) -> Path:
+    """Where the records go: ``output`` itself if it ends in ``.jsonl``, else a file in it named after ``words``.
+
+    Example:
+        >>> path_of("results", "rope", "NVIDIA H200").name
+        'rope-nvidia-h200.jsonl'
+    """
+    folder = Path(output)
+    if folder.suffix == ".jsonl":
+        return folder
+    return folder / ("-".join(re.sub(r"[^a-z0-9_]+", "-", word.lower()).strip("-") for word in words) + ".jsonl")
 
 
 def write(path: Path, records: Iterable[Record]) -> None:

@@ -7,11 +7,10 @@ or is wrong is recorded with its reason. The records are written when the run is
 
 from __future__ import annotations
 
-import re
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
 import torch
 
@@ -34,9 +33,12 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
+    from tilewright.bench.fusion import Layer
     from tilewright.bench.providers import Prepared, Provider, Suite
     from tilewright.bench.timing import Timer
     from tilewright.ops.contract import Workload
+
+_Named = TypeVar("_Named", bound="Workload | Layer")
 
 DEFAULT_OUTPUT = Path("bench-results")
 
@@ -138,7 +140,8 @@ def run(
     timer = timing.make_timer(plan.device, plan.quick)
     with timer.scope(), _progress(None if quiet else console, plan) as advance:
         found = _measure_all(plan, timer, advance)
-    path = _path(Path(output), plan)
+    dtype_name = str(plan.dtype).removeprefix("torch.")
+    path = records.path_of(output, plan.suite.family.name, device_name(plan.device), dtype_name)
     records.write(path, found)
     written = records.read(path)
     figures, note = _draw(path)
@@ -168,12 +171,12 @@ def _plan(
         known = ", ".join(str(known).removeprefix("torch.") for known in chosen.family.dtypes)
         raise ArgumentError("bench", "dtype", f"came '{dtype}', expected one of {known}")
     ways = _directions(chosen, directions)
-    named = _named(family, chosen.family.workloads, workloads)
+    wanted = by_name(family, chosen.family.workloads, workloads)
     if max_bytes is None and where.type == "cpu" and workloads is None:
         max_bytes = CPU_MAX_BYTES
-    fitting = tuple(w for w in named if max_bytes is None or _most_bytes(w, element, ways) <= max_bytes)
+    fitting = tuple(w for w in wanted if max_bytes is None or _most_bytes(w, element, ways) <= max_bytes)
     if not fitting:
-        least = min((_most_bytes(workload, element, ways) for workload in named), default=0)
+        least = min((_most_bytes(workload, element, ways) for workload in wanted), default=0)
         raise BenchmarkError(
             f"bench {family}: no workload is left to measure: the smallest moves {least} bytes, "
             f"max_bytes is {max_bytes}; allow more"
@@ -195,7 +198,7 @@ def _directions(suite: Suite, directions: Sequence[str]) -> tuple[Direction, ...
     return ways
 
 
-def _named(family: str, workloads: tuple[Workload, ...], names: Sequence[str] | None) -> tuple[Workload, ...]:
+def by_name(family: str, workloads: tuple[_Named, ...], names: Sequence[str] | None) -> tuple[_Named, ...]:
     """The workloads of these names, or for a name that none has, those with it in theirs."""
     if names is None:
         return workloads
@@ -263,7 +266,7 @@ def _measure_all(plan: Plan, timer: Timer, advance: Callable[[str, int], None]) 
         "record": "run",
         "format": records.FORMAT,
         "family": plan.suite.family.name,
-        "device": _device_name(timer.device),
+        "device": device_name(timer.device),
         "dtype": str(plan.dtype).removeprefix("torch."),
         "quick": plan.quick,
         "interrupted": interrupted,
@@ -442,17 +445,11 @@ def _give_memory_back(timer: Timer) -> None:
         torch.get_device_module(timer.device).empty_cache()
 
 
-def _device_name(device: torch.device) -> str:
+def device_name(device: torch.device) -> str:
+    """The name of a device, as records and their files have it."""
     from tilewright.platforms import facts
 
     return environment.cpu_model() if device.type == "cpu" else facts(device).name or str(facts(device))
-
-
-def _path(output: Path, plan: Plan) -> Path:
-    if output.suffix == ".jsonl":
-        return output
-    words = (plan.suite.family.name, _device_name(plan.device), str(plan.dtype).removeprefix("torch."))
-    return output / ("-".join(re.sub(r"[^a-z0-9_]+", "-", word.lower()).strip("-") for word in words) + ".jsonl")
 
 
 def _draw(path: Path) -> tuple[tuple[Path, ...], str]:

@@ -23,6 +23,8 @@ class Found:
         options: the other arguments likewise, every one of them with its value.
         outputs: the nodes that hold results, by role; results that nobody uses are missing.
         nodes: every node that exists to compute this, outputs included.
+        alone: the same without what it carries along, such as a rotation without the features that are not rotated;
+            None if it carries nothing.
     """
 
     kind: str
@@ -31,6 +33,7 @@ class Found:
     options: Mapping[str, Any]
     outputs: Mapping[str, Node]
     nodes: frozenset[Node]
+    alone: Found | None = None
 
     def tensor(self, name: str) -> Node:
         """An input that is there."""

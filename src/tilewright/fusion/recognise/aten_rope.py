@@ -287,4 +287,4 @@ def _among_others(found: Found) -> Found:
         return found
     options = {**found.options, "rotary_dim": width, "rotary_offset": part.start}
     inputs = {**found.inputs, "x": part.source}
-    return Found(found.kind, found.source, inputs, options, {"y": joined}, found.nodes.union(nodes))
+    return Found(found.kind, found.source, inputs, options, {"y": joined}, found.nodes.union(nodes), alone=found)

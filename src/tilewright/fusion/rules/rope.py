@@ -11,7 +11,7 @@ from tilewright.fusion.graph import aten, depends, is_call, seen_through, value,
 from tilewright.fusion.rule import Proposal, Refusal
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
 
     from torch.fx import Graph
 
@@ -67,9 +67,20 @@ class RopePair:
 
 
 def pairs(index: Index) -> Iterator[tuple[Found, Found] | Refusal]:
-    """Every two rotations that one call can make."""
+    """Every two rotations that one call can make.
+
+    What finds no partner with the features that it carries along may find one without: latent attention rotates a part
+    of each query's head, and keys that are nothing else.
+    """
     waiting: dict[Any, Found] = {}
-    for found in index.of("rope"):
+    yield from _partners(index.of("rope"), waiting)
+    if any(found.alone is not None for found in waiting.values()):
+        yield from _partners([found.alone or found for found in waiting.values()], {})
+
+
+def _partners(rotations: Iterable[Found], waiting: dict[Any, Found]) -> Iterator[tuple[Found, Found] | Refusal]:
+    """Pairs in the order of the rotations; those without a partner are left in ``waiting``."""
+    for found in rotations:
         options = {name: given for name, given in found.options.items() if name not in _ONE_AT_A_TIME}
         key = tuple(found.inputs.get(name) for name in _TABLE), str(sorted(options.items(), key=str))
         first = waiting.pop(key, None)

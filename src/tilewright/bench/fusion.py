@@ -1,0 +1,314 @@
+"""What graph fusion wins: a decoder layer in a device graph, compiled with fusion and without.
+
+The layer is that of :mod:`tilewright.bench.decoder_layer`, written in the library's operators and in plain PyTorch. All
+are compiled by Inductor with the same options; what is compared is the pass. Every result is held against float64
+before it is timed. The contestants of a workload take turns, several rounds in one run, each replaying a graph that
+goes round several layers with weights of their own, so that none finds its weights in the cache.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from tilewright import numerics
+from tilewright.bench import environment, fp8_linear, records, runner, timing
+from tilewright.bench.decoder_layer import DecoderLayer, ExactParts, LayerInputs, Parts, PlainParts, Sizes, layer_inputs
+from tilewright.optional import require
+from tilewright.platforms import usable_device
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+    from pathlib import Path
+
+    from rich.console import Console
+
+    from tilewright.bench.decoder_layer import Results
+    from tilewright.bench.timing import Timer
+    from tilewright.fusion import FusionReport
+
+    Record = dict[str, Any]
+
+FORMS: dict[str, type[Parts]] = {"operators": Parts, "plain PyTorch": PlainParts}
+"""In what the layer is written."""
+
+EXPECTED = {"add_rms_norm_quant": 2, "rms_norm_quant": 2, "silu_mul_quant": 1, "rope_qk": 2}
+"""What fuses in a layer."""
+
+ROUNDS = 3
+LAYERS = timing.LEAST_SETS
+
+_WHOLE = Sizes()
+_EIGHTH = replace(_WHOLE, heads=_WHOLE.heads // 8, ffn=_WHOLE.ffn // 8)
+_SMALL = Sizes(
+    hidden=1024, q_rank=256, kv_rank=256, heads=4, nope=64, rotated=32, value=64, index_heads=4, index=128, ffn=1024
+)
+
+
+class Layer(NamedTuple):
+    """A workload.
+
+    Attributes:
+        name: unique.
+        sizes: of the layer.
+        tokens: in the sequence.
+        least: the part of the time that fusion is to save; None if nothing is asked.
+    """
+
+    name: str
+    sizes: Sizes
+    tokens: int
+    least: float | None
+
+
+def workloads(device: torch.device) -> tuple[Layer, ...]:
+    """What is measured: the part of the layer that one of eight GPUs has, and the whole; on a CPU a small one."""
+    if device.type == "cpu":
+        return tuple(Layer(f"small, {tokens} tokens", _SMALL, tokens, None) for tokens in (1, 64))
+    asked = {1: 0.05, 64: 0.05, 1024: 0.10}
+    parts = {"one of eight GPUs": _EIGHTH, "one GPU": _WHOLE}
+    return tuple(
+        Layer(f"{part}, {tokens} tokens", sizes, tokens, least)
+        for part, sizes in parts.items()
+        for tokens, least in asked.items()
+    )
+
+
+@dataclass
+class Contestant:
+    """A compiled layer.
+
+    Attributes:
+        form: in what it is written.
+        fusion: whether fusion is on.
+        calls: one for each set of weights and inputs.
+        report: what fusion did.
+    """
+
+    form: str
+    fusion: bool
+    calls: tuple[Callable[[], Results], ...]
+    report: FusionReport
+
+
+def measure_workload(workload: Layer, timer: Timer) -> list[Record]:
+    """The records of a workload: a result for each contestant, a ratio for each form. What is wrong is not timed."""
+    contestants = list(_contestants(workload, timer.device))
+    found = [_head(workload, c) | verdict for c, verdict in _judged(workload, contestants, timer.device)]
+    timed = [(record, c) for record, c in zip(found, contestants, strict=True) if record["status"] == "ok"]
+    rounds: dict[int, list[timing.Timing]] = {}
+    for _ in range(ROUNDS):
+        for place, (_, contestant) in enumerate(timed):
+            rounds.setdefault(place, []).append(timer.stream(contestant.calls))
+    for place, (record, _) in enumerate(timed):
+        medians = [each.median_us for each in rounds[place]]
+        middle = next(each for each in rounds[place] if each.median_us == statistics.median_low(medians))
+        record |= {"stream": middle.to_json(), "rounds_us": medians}
+    return [*found, *ratios(workload, found)]
+
+
+def ratios(workload: Layer, measured: Sequence[Record]) -> Iterator[Record]:
+    """For each form, which part of the time fusion saves.
+
+    Example:
+        >>> layer = Layer("a layer", Sizes(), 1, 0.1)
+        >>> off, on = ({"form": "plain", "fusion": on, "stream": {"median_us": 10.0 - 2 * on}} for on in (False, True))
+        >>> [(record["saved"], record["met"]) for record in ratios(layer, [off, on])]
+        [(0.2, True)]
+    """
+    times = {(record["form"], record["fusion"]): record.get("stream") for record in measured}
+    for form in dict.fromkeys(form for form, _ in times):
+        off, on = (times.get((form, fusion)) for fusion in (False, True))
+        saved = None if off is None or on is None else round(1 - on["median_us"] / off["median_us"], 4)
+        met = None if workload.least is None else saved is not None and saved >= workload.least
+        yield {
+            "record": "ratio",
+            "family": "fusion",
+            "workload": workload.name,
+            "form": form,
+            "saved": saved,
+            "least": workload.least,
+            "met": met,
+        }
+
+
+def numbers(results: Results) -> tuple[torch.Tensor, ...]:
+    """What of a layer's results is compared: FP8 values by what they stand for."""
+    index = (fp8_linear.dequantised(results.index_q, results.index_q_scales),
+             fp8_linear.dequantised(results.index_k, results.index_k_scales))  # fmt: skip
+    return results.y, results.residual, results.index_weights, *(each.to(results.y.dtype) for each in index)
+
+
+def _contestants(workload: Layer, device: torch.device) -> Iterator[Contestant]:
+    import tilewright
+
+    torch._dynamo.reset()
+    inputs = [layer_inputs(workload.sizes, workload.tokens, device, seed=seed) for seed in range(LAYERS)]
+    for form, parts in FORMS.items():
+        layers = [DecoderLayer(workload.sizes, parts, device=device, seed=seed) for seed in range(LAYERS)]
+        for fusion in (False, True):
+
+            def run(layer: DecoderLayer, given: LayerInputs) -> Results:
+                result: Results = layer(*given)
+                return result
+
+            compiled = tilewright.compile(run, fusion=fusion, expect=EXPECTED if fusion else None, dynamic=False)
+            calls = tuple(_call(compiled, layer, given) for layer, given in zip(layers, inputs, strict=True))
+            yield Contestant(form, fusion, calls, compiled.fusion_report)
+
+
+def _call(compiled: Callable[..., Results], layer: DecoderLayer, given: LayerInputs) -> Callable[[], Results]:
+    return lambda: compiled(layer, given)
+
+
+def _judged(
+    workload: Layer, contestants: Sequence[Contestant], device: torch.device
+) -> Iterator[tuple[Contestant, Record]]:
+    """Run each contestant once and say whether it is right: a record's status, reason and gate."""
+    given = layer_inputs(workload.sizes, workload.tokens, device, seed=0)
+    reference = numbers(DecoderLayer(workload.sizes, PlainParts, device=device, seed=0)(*given))
+    exact = DecoderLayer(workload.sizes, ExactParts, device=device, seed=0)
+    truth = numbers(exact.to(torch.float64)(*(tensor.double() for tensor in given)))
+    del exact
+    for contestant in contestants:
+        try:
+            results, *_ = [numbers(call()) for call in contestant.calls]  # each compiles, or finds what did
+            reason = numerics.disagreement("the layer", results, reference, truth)
+            worst = max(numerics.compare(*each).worst for each in zip(results, reference, truth, strict=True))
+            found = {"status": "wrong" if reason else "ok", "reason": reason, "gate": {"worst": worst}}
+        except Exception as error:  # whatever a compiler raises
+            found = {"status": "failed", "reason": environment.explain_failure(error)}
+        report = contestant.report
+        moved = [decision.bytes_moved for decision in report.decisions if decision.action == "fused"]
+        told = {
+            "counts": report.counts,
+            "graphs": len(report.graphs),
+            "refused": [str(decision) for decision in report.decisions if decision.action != "fused"],
+            "bytes_saved": sum(before - after for before, after in moved),
+        }
+        yield contestant, found | {"report": told}
+
+
+def _head(workload: Layer, contestant: Contestant) -> Record:
+    return {
+        "record": "result",
+        "family": "fusion",
+        "workload": workload.name,
+        "parameters": {"tokens": workload.tokens, **asdict(workload.sizes)},
+        "form": contestant.form,
+        "fusion": contestant.fusion,
+    }
+
+
+def measure(
+    device: torch.device, quick: bool, names: Sequence[str] | None, say: Callable[[str], None] = lambda what: None
+) -> list[Record]:
+    """Every record of a run, the run's own first."""
+    timer = timing.make_timer(device, quick)
+    found: list[Record] = []
+    with timer.scope(), torch.no_grad():
+        say("copy bandwidth")
+        copy = timing.bandwidth(timer)
+        for workload in runner.by_name("fusion", workloads(device), names):
+            say(workload.name)
+            found += measure_workload(workload, timer)
+    run = {
+        "record": "run",
+        "format": records.FORMAT,
+        "family": "fusion",
+        "device": runner.device_name(device),
+        "quick": quick,
+        "copy": copy,
+        "linear_layers": fp8_linear.choices(),
+        "environment": environment.collect(),
+    }
+    return [run, *found]
+
+
+def main(
+    output: Path | str,
+    *,
+    device: str | None = None,
+    workloads: Sequence[str] | None = None,
+    quick: bool | None = None,
+    console: Console | None = None,
+    json_output: bool = False,
+) -> int:
+    """Measure what fusion wins, write the records and print them.
+
+    Args:
+        output: a folder, or a file that ends in ``.jsonl``.
+        device: where; by default the accelerator, or the CPU if there is none.
+        workloads: parts of workloads' names; by default all.
+        quick: fewer samples; by default on a CPU.
+        console: where the tables go; by default the terminal.
+        json_output: print the records as JSON instead, and do without ``rich``.
+
+    Returns:
+        0 if everything could be measured and was right, else 1. A target that is missed is shown and is no failure.
+
+    Raises:
+        UnknownNameError: no workload has this name.
+        MissingDependencyError: ``rich`` is missing, and ``json_output`` does not do without.
+    """
+    where = usable_device(device, "bench")
+    is_quick = where.type == "cpu" if quick is None else quick
+    if json_output:
+        found = measure(where, is_quick, workloads)
+    else:
+        require("rich.console", "tilewright bench fusion without --json")
+        from rich.console import Console
+
+        console = Console() if console is None else console
+        with console.status("bench fusion") as status:
+            found = measure(where, is_quick, workloads, lambda what: status.update(f"bench fusion: {what}"))
+    path = records.path_of(output, "fusion", found[0]["device"], "bfloat16")
+    records.write(path, found)
+    if json_output:
+        print(json.dumps(found))
+    else:
+        assert console is not None
+        show(found, console)
+        console.print(f"records: {path}", soft_wrap=True, highlight=False, markup=False)
+    return int(any(record.get("status", "ok") != "ok" for record in found))
+
+
+HEADS = ("layer", "written in", "off, us", "on, us", "saved", "asked")
+
+
+def rows(found: Sequence[Record]) -> Iterator[tuple[str, ...]]:
+    """The records as a table: a row for each workload and form, its cells as ``HEADS`` says."""
+    times = {
+        (record["workload"], record["form"], record["fusion"]): record.get("stream")
+        for record in found
+        if record["record"] == "result"
+    }
+    for record in found:
+        if record["record"] == "ratio":
+            each = (times.get((record["workload"], record["form"], fusion)) for fusion in (False, True))
+            shown = ("-" if time is None else f"{time['median_us']:.1f}" for time in each)
+            saved = "-" if record["saved"] is None else f"{100 * record['saved']:.1f} %"
+            asked = "" if record["least"] is None else f"{100 * record['least']:.0f} %"
+            yield record["workload"], record["form"], *shown, saved, asked
+
+
+def show(found: Sequence[Record], console: Console) -> None:
+    """Print the records of a run: the times, what fusion saved and what is asked of it, and what failed."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(title=f"{escape(found[0]['device'])}: a layer, with graph fusion off and on")
+    for head in HEADS:
+        table.add_column(head, justify="left" if head in HEADS[:2] else "right")
+    for row in rows(found):
+        table.add_row(*map(escape, row))
+    console.print(table)
+    for record in found:
+        if record.get("status", "ok") != "ok":
+            what = f"{record['workload']}, {record['form']}, fusion {'on' if record['fusion'] else 'off'}"
+            line = f"{record['status'].upper()}: {what}: {record['reason']}"
+            console.print(escape(line), style="bold red", highlight=False, soft_wrap=True)
