@@ -28,6 +28,7 @@ bench: $(READY)  ## measure the operations on this machine
 	$(BIN)/tilewright bench qk_norm_rope
 	$(BIN)/tilewright bench quant_fp8
 	$(BIN)/tilewright bench mhc
+	$(BIN)/tilewright bench fusion
 	$(BIN)/tilewright bench cpu
 
 docs: $(READY)  ## write the generated tables of the documentation anew

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import preset_table
 
-from tilewright.bench import records, report
+from tilewright.bench import fusion, records, report
 from tilewright.ops import families, operation
 from tilewright.ops.contract import Direction
 
@@ -29,10 +29,12 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGES = (
     "README.md",
     "benchmarks/results/README.md",
+    "src/tilewright/fusion/README.md",
     *(f"src/tilewright/ops/{member.name}/README.md" for member in families()),
 )
 RESULTS = ROOT / "benchmarks" / "results"
 CPU = RESULTS / "cpu-amd-epyc.jsonl"
+FUSION = RESULTS / "fusion-nvidia-h200-bfloat16.jsonl"
 MARK = re.compile(r"(<!-- table: (?P<name>[^>]+?) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -190,7 +192,22 @@ def everything(shown: Shown) -> str:
 
 def unrecorded(shown: Shown) -> str:
     """What stands in for the table of a record that is still to be made."""
-    return f"Not recorded yet; `tilewright bench {shown.family} --output {shown.path.parent.relative_to(ROOT)}`.\n"
+    return to_be_made(shown.family, shown.path)
+
+
+def to_be_made(family: str, path: Path) -> str:
+    """How to make a record."""
+    return f"Not recorded yet; `tilewright bench {family} --output {path.parent.relative_to(ROOT)}`.\n"
+
+
+def layers(path: Path) -> str:
+    """Times of a decoder layer with graph fusion off and on."""
+    if not path.exists():
+        return to_be_made("fusion", path)
+    written = records.read(path)
+    environment = written[0]["environment"]
+    versions = f"torch {environment['torch']['version']}, triton {environment['triton']['version']}"
+    return f"{written[0]['device']}; {versions}.\n\n" + markdown(fusion.HEADS, fusion.rows(written))
 
 
 def provisos(written: list[dict[str, Any]]) -> list[str]:
@@ -253,6 +270,7 @@ def tables() -> dict[str, Callable[[], str]]:
     made: dict[str, Callable[[], str]] = {
         "operations": operations,
         "cpu target": partial(cpu_target, CPU),
+        "graph fusion on H200": partial(layers, FUSION),
         "presets of quant_fp8": preset_table.presets,
     }
     made |= {f"{shown.family} on H200": partial(shares, shown) for shown in H200}
