@@ -100,7 +100,7 @@ def test_the_layer_fuses_completely(form, tokens, device):
     layer, given = DecoderLayer(SIZES, fusion.FORMS[form], device=device), layer_inputs(SIZES, tokens, device)
     with torch.no_grad():
         compiled = tilewright.compile(
-            layer, fullgraph=True, expect=fusion.EXPECTED, unmet="raise", verify=True, dynamic=False
+            layer, fullgraph=True, expect=fusion.EXPECTED[form], unmet="raise", verify=True, dynamic=False
         )
         results, expected = fusion.numbers(compiled(*given)), fusion.numbers(layer(*given))
         exact = DecoderLayer(SIZES, ExactParts, device=device).double()
@@ -140,7 +140,9 @@ def test_runs_and_is_reported(short, capsys, tmp_path):
     assert {(r["form"], r["fusion"]) for r in results} == {(form, on) for form in fusion.FORMS for on in (False, True)}
     for record in results:
         assert record["status"] == "ok", record["reason"]
-        assert record["report"]["counts"] == (fusion.EXPECTED if record["fusion"] else {})
+        assert record["report"]["counts"] == (fusion.EXPECTED[record["form"]] if record["fusion"] else {})
+        in_copies = record["fusion"] and record["form"] == "plain PyTorch"
+        assert len(record["report"]["refused"]) == in_copies
         assert record["report"]["graphs"] == int(record["fusion"]), "layers of one kind share their code"
         assert len(record["rounds_us"]) == fusion.ROUNDS
         assert record["stream"]["median_us"] in record["rounds_us"]

@@ -39,8 +39,10 @@ class RopePair:
 
     def propose(self, graph: Graph, index: Index) -> Iterator[Proposal | Refusal]:
         """Pairs in the order of the graph; what is left over has no partner."""
-        for pair in pairs(index):
+        left: dict[Any, Found] = {}
+        for pair in pairs(index.of("rope"), left):
             yield pair if isinstance(pair, Refusal) else self._proposal(*pair)
+        yield from parts_of_copies(left.values())
 
     def _proposal(self, q: Found, k: Found) -> Proposal:
         tensors, results = (q.tensor("x"), k.tensor("x")), (q.outputs["y"], k.outputs["y"])
@@ -66,31 +68,32 @@ class RopePair:
         )
 
 
-def pairs(index: Index) -> Iterator[tuple[Found, Found] | Refusal]:
-    """Every two rotations that one call can make.
-
-    What finds no partner with the features that it carries along may find one without: latent attention rotates a part
-    of each query's head, and keys that are nothing else.
-    """
-    waiting: dict[Any, Found] = {}
-    yield from _partners(index.of("rope"), waiting)
-    if any(found.alone is not None for found in waiting.values()):
-        yield from _partners([found.alone or found for found in waiting.values()], {})
-
-
-def _partners(rotations: Iterable[Found], waiting: dict[Any, Found]) -> Iterator[tuple[Found, Found] | Refusal]:
-    """Pairs in the order of the rotations; those without a partner are left in ``waiting``."""
+def pairs(rotations: Iterable[Found], left: dict[Any, Found]) -> Iterator[tuple[Found, Found] | Refusal]:
+    """Every two rotations that one call can make, in their order; those without a partner are in ``left`` then."""
     for found in rotations:
         options = {name: given for name, given in found.options.items() if name not in _ONE_AT_A_TIME}
         key = tuple(found.inputs.get(name) for name in _TABLE), str(sorted(options.items(), key=str))
-        first = waiting.pop(key, None)
+        first = left.pop(key, None)
         if first is None:
-            waiting[key] = found
+            left[key] = found
         elif depends(found.tensor("x"), {first.outputs["y"]}):
             yield Refusal(found.outputs["y"], "the second tensor is computed from the first one's rotation")
-            waiting[key] = found
+            left[key] = found
         else:
             yield first, found
+
+
+def parts_of_copies(left: Iterable[Found]) -> Iterator[Refusal]:
+    """Rotations that would be a pair without the features that they are put beside, as those of latent attention.
+
+    Inductor rotates each in the kernel that puts it there, of which there are two with or without the rotation.
+    """
+    for pair in pairs([found.alone or found for found in left], {}):
+        if not isinstance(pair, Refusal):
+            why = (
+                "each is rotated in the kernel that puts it beside other features; a launch for both would be one more"
+            )
+            yield Refusal(pair[0].outputs["y"], why)
 
 
 class QkNormRope:
@@ -105,7 +108,7 @@ class QkNormRope:
     def propose(self, graph: Graph, index: Index) -> Iterator[Proposal | Refusal]:
         """One candidate for each pair of rotations of which one at least is of a norm."""
         norms = {found.outputs["y"]: found for found in index.of("rms_norm")}
-        for pair in pairs(index):
+        for pair in pairs(index.of("rope"), {}):
             if isinstance(pair, Refusal):
                 continue  # which the rule for the rotations alone has said
             before = [_normalised(rotation, norms) for rotation in pair]
