@@ -6,16 +6,19 @@ Known, for 16-bit and float32 ``x``, with all arithmetic in float32::
     amax   = group.abs().amax(-1)                   or max(-1)[0]; keepdim or unsqueezed later; in x's dtype or float32
     scale  = max(max(amax, floor) / F, floor)       floors by clamp, clamp_min or maximum, either, both; by division, or
                                                     by a multiplication where 1 / F is a power of two
-    scale  = exp2(ceil(log2(scale)))                or 2.0 ** ceil(log2(scale)): scale_format "ue8m0_fp32"; then cast to
-                                                    float8_e8m0fnu "ue8m0"
+    scale  = exp2(ceil(log2(scale)))                or 2.0 ** ceil(log2(abs(scale))): scale_format "ue8m0_fp32"; then
+                                                    cast to float8_e8m0fnu "ue8m0"
     values = (group / scale).clamp(-F, F).to(fp8)   or group * (1 / scale); then views
 
 and, with a float32 ``scale`` of one element that something else gives, ``(x / scale).clamp(-F, F).to(fp8)`` or
 ``x * (1 / scale)``. ``scale_layout`` is what the scales' strides show, ``"column"`` through ``t().contiguous().t()``.
 Where no tensor whose rows hold the groups is in sight, the grouped tensor is one to be quantised per token.
 
-``log2`` may round the logarithm of a number barely above a power of two down to the power's: there, at a few mantissas
-of 2^23, these forms give half the scale that tilewright's exact rounding gives.
+``log2`` rounds the logarithm of a number barely above a power of two down to the power's: there, at a few mantissas of
+2^23, these forms give half the scale that tilewright's exact rounding gives. Where ``x`` has 16 bits no scale lies
+there (see :mod:`tilewright.fusion.recognise.powers`); then a multiplication by a rounded ``1 / F`` gives the same
+scales too, and no scaled value needs a clamp. Elsewhere an option that :func:`tilewright.quant_fp8` does not have,
+``powers="log2"``, says so.
 """
 
 from __future__ import annotations
@@ -54,6 +57,7 @@ from tilewright.fusion.forms import (
 from tilewright.fusion.found import Found, NearMiss
 from tilewright.fusion.graph import aten, is_call, same_shape, same_size
 from tilewright.fusion.graph import value as fake_of
+from tilewright.fusion.recognise.powers import powers_are_exact
 from tilewright.ops.quant_fp8.format import DTYPES, GROUP_SIZES, QuantFormat, QuantPolicy, checked
 
 if TYPE_CHECKING:
@@ -86,7 +90,7 @@ _CLAMPED = _at_least(_AMAX, "amax_floor")
 _FLOORED = OneOf(_CLAMPED, Viewed(Widened(As("narrow", Rounded(_CLAMPED)))))  # 16 bits are clamped in float32
 _QUOTIENT = OneOf(Call(DIV, _FLOORED, Number("maximum")), product(_FLOORED, Number("factor")))
 _RAW = _at_least(_QUOTIENT, "scale_floor")
-_LOG = Call(aten.ceil.default, Call(aten.log2.default, _RAW))
+_LOG = Call(aten.ceil.default, Call(aten.log2.default, OneOf(_RAW, Call(aten.abs.default, _RAW))))
 _POWER = As("power", OneOf(Call(aten.exp2.default, _LOG), Call(aten.pow.Scalar, 2, _LOG)))
 _SCALE = As("scale", OneOf(_POWER, _RAW))
 _COMPUTED = As("column", Viewed(OneOf(_SCALE, Rounded(As("exponents", Viewed(Rounded(Viewed(_SCALE))))))))
@@ -164,11 +168,10 @@ def _dynamic(node: Node, match: Match) -> Found | None:
         "power" not in match.bindings or dtype_of(match["exponents"]) != torch.float8_e8m0fnu
     ):
         raise _Differs(f"the scale is rounded to {plain(dtype_of(match['exponents']))} before it is applied")
-    policy = replace(
-        _policy(node, match, _maximum(match)),
-        amax_floor=_amax_floor(match),
-        scale_floor=float(match.get("scale_floor", 0.0)),
-    )
+    floors = {"amax_floor": _amax_floor(match), "scale_floor": float(match.get("scale_floor", 0.0))}
+    maximum, is_exact = _maximum(node, match, dtype_of(rows.x), floors)
+    policy = _policy(node, match, maximum, is_bounded=is_exact)
+    policy = replace(policy, amax_floor=floors["amax_floor"], scale_floor=floors["scale_floor"])
     if not policy.amax_floor > 0 and not policy.scale_floor > 0:
         raise _Differs("nothing keeps the scale of a group of zeros above 0: clamp its amax, or the scale")
     inside = match.nodes | rows.nodes | _base(match["of"], rows.x)[1]
@@ -186,7 +189,8 @@ def _dynamic(node: Node, match: Match) -> Found | None:
         if "power" in match.bindings and dtype_of(shown) == torch.float8_e8m0fnu:
             scale_format = "ue8m0"
     form = _checked(QuantFormat(rows.group_size, scale_format, layout, dtype_of(node), policy))
-    return Found("quant_fp8", "aten", {"x": rows.x, "scale": None}, {"format": form}, outputs, nodes)
+    options = {"format": form} | ({"powers": "log2"} if "power" in match.bindings and not is_exact else {})
+    return Found("quant_fp8", "aten", {"x": rows.x, "scale": None}, options, outputs, nodes)
 
 
 def _static(node: Node, match: Match) -> Found | None:
@@ -215,23 +219,47 @@ def _amax_floor(match: Match) -> float:
     return float(torch.tensor(floor, dtype=dtype_of(match["narrow"]))) if "narrow" in match.bindings else floor
 
 
-def _maximum(match: Match) -> float:
-    """What the largest magnitude of a group is mapped to."""
+def _maximum(node: Node, match: Match, dtype: torch.dtype, floors: dict[str, float]) -> tuple[float, bool]:
+    """What the largest magnitude of a group is mapped to, and whether scales are exactly rounded up to powers of two.
+
+    Raises:
+        _Differs: a multiplication rounds otherwise than the division.
+    """
+    is_power = "power" in match.bindings
     if "maximum" in match.bindings:
-        return float(match["maximum"])
+        maximum = float(match["maximum"])
+        return maximum, is_power and powers_are_exact(dtype, maximum, **floors)
     factor = float(match["factor"])
-    if math.frexp(factor)[0] != 0.5:
-        raise _Differs(
-            f"amax is multiplied by {factor:g}, a rounded reciprocal; expected a division by what it is mapped to"
-        )
-    return 1.0 / factor
+    if math.frexp(factor)[0] == 0.5:
+        return 1.0 / factor, is_power and powers_are_exact(dtype, 1.0 / factor, **floors)
+    if is_power and factor > 0:
+        maximum = float(match.get("high", torch.finfo(dtype_of(node)).max))
+        near = abs(factor * maximum - 1) <= 2.0**-24
+        if near and powers_are_exact(dtype, maximum, factor=factor, **floors):
+            return maximum, True
+    raise _Differs(
+        f"amax is multiplied by {factor:g}, a rounded reciprocal; expected a division by what it is mapped to"
+    )
 
 
-def _policy(node: Node, match: Match, maximum: float | None) -> QuantPolicy:
-    """The policy but for its floors."""
+def _policy(node: Node, match: Match, maximum: float | None, *, is_bounded: bool = False) -> QuantPolicy:
+    """The policy but for its floors.
+
+    Args:
+        node: the quantised values.
+        match: their form.
+        maximum: what the largest magnitude is mapped to.
+        is_bounded: whether the scale alone keeps values from being larger.
+    """
     for step in ("quotient", "scaled", "clamped"):
         if dtype_of(match[step]) != torch.float32:
             raise _Differs(f"the scaled values are rounded to {plain(dtype_of(match[step]))}; expected float32")
+    fp8 = dtype_of(node)
+    policy = QuantPolicy(apply="reciprocal" if "reciprocal" in match.bindings else "divide")
+    if maximum is not None and policy.maximum_of(fp8) != maximum:
+        policy = replace(policy, maximum=maximum)
+    if "low" not in match.bindings and maximum is not None and is_bounded and maximum <= torch.finfo(fp8).max:
+        return policy
     if "low" not in match.bindings or maximum is None:
         raise _Differs("the scaled values are not clamped, and what a cast to FP8 does beyond its range varies")
     if match["high"] != maximum or match["low"] != -maximum:
@@ -239,9 +267,7 @@ def _policy(node: Node, match: Match, maximum: float | None) -> QuantPolicy:
             f"the scaled values are clamped to {match['low']:g} and {match['high']:g}, "
             f"and amax is mapped to {maximum:g}; expected one number"
         )
-    apply = "reciprocal" if "reciprocal" in match.bindings else "divide"
-    usual = QuantPolicy(apply=apply)
-    return usual if usual.maximum_of(dtype_of(node)) == maximum else replace(usual, maximum=float(maximum))
+    return policy
 
 
 def _checked(form: QuantFormat) -> QuantFormat:

@@ -182,6 +182,7 @@ class QuantisedRule:
             moved_before=tuple(before),
             moved_after=tuple(after),
             kernels=(1 + len(taken) + (producer.stored is not None and producer.found.kind == "rms_norm"), 1),
+            differences=("ue8m0_log2",) if any(found.options.get("powers") == "log2" for found in taken) else (),
             asks=self._asks(producer, formats, scale, emits, impl),
         )
 
