@@ -19,6 +19,7 @@ of ``x`` before they are added, as a 16-bit ``x`` and a 16-bit table do. ``rope`
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -54,6 +55,8 @@ from tilewright.fusion.graph import aten, is_call, same_shape, same_size
 from tilewright.fusion.graph import value as fake_of
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from torch.fx import Graph, Node
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -85,6 +88,7 @@ def recognise_rotations(graph: Graph) -> tuple[list[Found], list[NearMiss]]:
     """The rotations of a graph, and what is nearly one."""
     found: list[Found] = []
     misses: list[NearMiss] = []
+    readings: dict[Found, list[tuple[str, bool]]] = {}
     inside: set[Node] = set()
     for node in reversed(graph.nodes):
         if node in inside or not is_call(node, *CASTS, *ADD, *VIEWS):
@@ -95,24 +99,25 @@ def recognise_rotations(graph: Graph) -> tuple[list[Found], list[NearMiss]]:
                 judged = judge(node, match)
                 if isinstance(judged, Found):
                     found.append(_among_others(judged))
+                    readings[found[-1]] = _readings(*_turned(match))
                     inside |= found[-1].nodes
                     break
                 reasons += [] if judged is None else [(judged, match)]
         if reasons and node not in inside:
             misses.append(NearMiss("rope", node, reasons[0][0]))
             inside |= reasons[0][1].nodes
-    return found, misses
+    return _read_alike(found, readings), misses
 
 
 def _judge_halves(node: Node, match: Match) -> Found | str | None:
     x, terms = match["x"], [match[name] for name in ("cos_term", "sin_term", "sum")]
     dtype = dtype_of(x)
     tables = [_table(match[name]) for name in ("cos", "sin")]
-    layout = _layout(x, match["cos"])
     shapes = [shape_of(match[name]) for name in ("cos", "sin")]
     if dtype not in _DTYPES or not same_shape(*shapes) or not same_shape(shape_of(terms[2]), shape_of(x)):
         return None
-    if layout is None:
+    readings = _readings(x, match["cos"])
+    if not readings:
         return None
     computed = {dtype_of(term) for term in terms}
     if "cast" in match.bindings and (dtype_of(node) != dtype or computed != {torch.float32}):
@@ -122,7 +127,7 @@ def _judge_halves(node: Node, match: Match) -> Found | str | None:
         return reason
     rounded = dtype != torch.float32 and computed == {dtype}
     options = {
-        "layout": layout,
+        "layout": readings[0][0],
         "interleaved": False,
         "rotary_dim": None,
         "rotary_offset": 0,
@@ -130,7 +135,7 @@ def _judge_halves(node: Node, match: Match) -> Found | str | None:
         "numerics": "hf" if rounded else "exact",
         "table": "doubled" if all(_is_doubled(table) for table, _ in tables) else "unproven",
         "products": "rounded" if rounded else "exact",
-        "batched": _is_batched(layout, x, match["cos"]),
+        "batched": readings[0][1],
     }
     inputs = {"x": x, "cos": tables[0][0], "sin": tables[1][0]}
     nodes = match.nodes.union(*(views for _, views in tables))
@@ -160,13 +165,14 @@ def _judge_complex(node: Node, match: Match) -> Found | str | None:
         return None  # the cast is no part of the rotation
     if not same_size(2 * shape_of(turned)[-1], shape[-1]) or not same_shape(shape_of(turned)[:-1], shape[:-1]):
         return None
-    if (layout := _layout(turned, freqs)) is None:
+    readings = _readings(turned, freqs)
+    if not readings:
         return None
     if dtype_of(node) != dtype:
         return f"the result stays {plain(dtype_of(node))}; expected it rounded to {plain(dtype)}, the dtype of x"
     table, views = _table(freqs)
     options = {
-        "layout": layout,
+        "layout": readings[0][0],
         "interleaved": True,
         "rotary_dim": None,
         "rotary_offset": 0,
@@ -174,32 +180,55 @@ def _judge_complex(node: Node, match: Match) -> Found | str | None:
         "numerics": "exact",
         "table": "complex",
         "products": "exact",
-        "batched": _is_batched(layout, turned, freqs),
+        "batched": readings[0][1],
     }
     return Found("rope", "aten", {"x": x, "freqs_cis": table}, options, {"y": node}, match.nodes | views)
 
 
-def _layout(x: Node, table: Node) -> str | None:
-    """Which dimensions of ``x`` are tokens and heads, by how the table is broadcast against it."""
+def _turned(match: Match) -> tuple[Node, Node]:
+    """What is multiplied by which table."""
+    pair = ("turned", "freqs") if "freqs" in match.bindings else ("x", "cos")
+    return match[pair[0]], match[pair[1]]
+
+
+def _readings(x: Node, table: Node) -> list[tuple[str, bool]]:
+    """Which dimensions of ``x`` may be tokens and heads, by how the table is broadcast against it.
+
+    Where sizes are one there are several, and all of them turn the same rows by the same angles. With each goes whether
+    every sequence has rows of its own: one for each token, in their order.
+    """
     shape, given = shape_of(x), shape_of(table)
     if len(shape) not in (3, 4) or len(given) > len(shape) or not given or not same_size(given[-1], shape[-1]):
-        return None
+        return []
     wide = (1,) * (len(shape) - len(given)) + given
     same = [same_size(a, b) for a, b in zip(wide, shape, strict=True)]
     one = [same_size(a, 1) for a in wide]
     if len(shape) == 3:
-        return "thd" if same[0] and one[1] else None
-    if one[1] and same[2] and (one[0] or same[0]):
-        return "bhsd"
-    if one[2] and same[1] and (one[0] or same[0]):
-        return "bshd"
-    return "sbhd" if one[1] and one[2] and same[0] else None
+        return [("thd", False)] if same[0] and one[1] else []
+    batched = len(given) == len(shape) and not one[0]
+    fits = {
+        "bhsd": one[1] and same[2] and (one[0] or same[0]),
+        "bshd": one[2] and same[1] and (one[0] or same[0]),
+        "sbhd": one[1] and one[2] and same[0],
+    }
+    return [(layout, batched and layout != "sbhd") for layout, does in fits.items() if does]
 
 
-def _is_batched(layout: str, x: Node, table: Node) -> bool:
-    """Whether each sequence has rows of its own, as it is broadcast: one for each token, in their order."""
-    given = shape_of(table)
-    return layout in ("bshd", "bhsd") and len(given) == len(shape_of(x)) and not same_size(given[0], 1)
+def _read_alike(found: list[Found], readings: Mapping[Found, list[tuple[str, bool]]]) -> list[Found]:
+    """The same, those of one table read in one way if there is one: a single head is laid out as its neighbours are."""
+    common: dict[tuple[Node | None, ...], list[tuple[str, bool]]] = {}
+    for each in found:
+        key = _tables(each)
+        common[key] = [reading for reading in common.get(key, readings[each]) if reading in readings[each]]
+    alike = []
+    for each in found:
+        (layout, batched), *_ = common[_tables(each)] or readings[each]
+        alike.append(replace(each, options={**each.options, "layout": layout, "batched": batched}))
+    return alike
+
+
+def _tables(found: Found) -> tuple[Node | None, ...]:
+    return tuple(found.inputs.get(name) for name in ("cos", "sin", "freqs_cis"))
 
 
 def _table(node: Node) -> tuple[Node, frozenset[Node]]:
