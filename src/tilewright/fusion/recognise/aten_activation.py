@@ -34,6 +34,7 @@ from tilewright.fusion.forms import (
 )
 from tilewright.fusion.found import Found, NearMiss
 from tilewright.fusion.graph import aten, is_call, same_shape
+from tilewright.fusion.inductor import unless_left_out
 
 if TYPE_CHECKING:
     from torch.fx import Graph, Node
@@ -101,7 +102,7 @@ def _difference(match: Match, node: Node, dtype: torch.dtype) -> str:
     if dtype_of(match["silu"]) != torch.float32:
         return f"silu is computed in {plain(dtype_of(match['silu']))}; expected float32"
     if dtype_of(match["operand"]) != dtype:
-        return f"silu(gate) is not rounded to {plain(dtype)} before it multiplies up"
+        return f"silu(gate) is not rounded to {plain(dtype)} before it multiplies up{unless_left_out()}"
     if dtype_of(node) != dtype:
         return (
             f"the result stays {plain(dtype_of(node))}; expected it rounded to {plain(dtype)}, the dtype of gate and up"

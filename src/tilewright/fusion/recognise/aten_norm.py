@@ -49,6 +49,7 @@ from tilewright.fusion.forms import (
 )
 from tilewright.fusion.found import Found, NearMiss
 from tilewright.fusion.graph import aten, is_call, origin, same_shape, same_size
+from tilewright.fusion.inductor import unless_left_out
 from tilewright.ops.rms_norm.call import MIN_EPS
 
 if TYPE_CHECKING:
@@ -140,7 +141,8 @@ def _rounding(match: Match, dtype: torch.dtype) -> str | None:
     rounded = operand is not None and operand is not match["norm"]
     if rounded and dtype_of(operand) != dtype:
         return (
-            f"the norm is rounded to {plain(dtype_of(operand))} before its weight multiplies, and x is {plain(dtype)}"
+            f"the norm is rounded to {plain(dtype_of(operand))} before its weight multiplies, "
+            f"and x is {plain(dtype)}{unless_left_out()}"
         )
     if match.get("offset") is not None and dtype_of(match["factor"]) != torch.float32:
         return f"weight + {match['offset']:g} is rounded to {plain(dtype_of(match['factor']))}; expected float32"
