@@ -786,7 +786,7 @@ def test_complex_rotations(dtype, dynamic):
     [
         (lambda x, c, s: x * c + rotate_half(x) * s, "the result stays float32"),
         (lambda x, c, s: x * c.half() + rotate_half(x) * s.half(), "the table is float16; expected bfloat16"),
-        (lambda x, c, s: x * c + rotate_half(x) * s.bfloat16(), "the two products are rounded to different dtypes"),
+        (lambda x, c, s: x * c + rotate_half(x) * s.bfloat16(), "the products are rounded to different dtypes"),
     ],
 )
 def test_rotations_that_round_otherwise(function, reason):
@@ -825,3 +825,107 @@ def test_weird_graphs_are_left_alone():
     graph.call_function(aten.cat.default, ([z, x],))
     graph.output(graph.call_function(aten.add.Tensor, (1, 2)))
     assert recognise(graph) == ([], [])
+
+
+# Rotations whose members are computed one by one, with a table of half width
+
+
+def members(x, cos, sin, others):
+    first, second = (x[..., ::2], x[..., 1::2]) if others else x.chunk(2, -1)
+    return first * cos - second * sin, second * cos + first * sin
+
+
+def joined(x, cos, sin):
+    return torch.cat(members(x, cos, sin, False), -1)
+
+
+def stacked(x, cos, sin):
+    return torch.stack(members(x, cos, sin, True), -1).flatten(-2)
+
+
+WRITTEN = {
+    "as it is": lambda form, x, cos, sin: form(x, cos, sin),
+    "widened": lambda form, x, cos, sin: form(x.float(), cos, sin).to(x.dtype),
+    "rounded once": lambda form, x, cos, sin: form(x, cos, sin).to(x.dtype),
+    "members rounded": lambda form, x, cos, sin: (
+        torch.cat([m.to(x.dtype) for m in members(x.float(), cos, sin, False)], -1)
+        if form is joined
+        else torch.stack([m.to(x.dtype) for m in members(x.float(), cos, sin, True)], -1).flatten(-2)
+    ),
+}
+
+
+@pytest.mark.parametrize("form", [joined, stacked])
+@pytest.mark.parametrize("written", WRITTEN)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_members_one_by_one(form, written, dtype, dynamic):
+    def f(x, cos, sin):
+        return WRITTEN[written](form, x, cos.unsqueeze(1), sin.unsqueeze(1))
+
+    table = dtype if written == "as it is" else torch.float32
+    cos, sin = torch.randn(2, 2, 7, 32).to(table)
+    seen = Seen(f, torch.randn(2, 4, 7, 64).to(dtype), cos, sin, dynamic=dynamic)
+    found = seen.one("rope")
+    rounded = {"numerics": "hf", "products": "rounded"} if table == torch.bfloat16 else {}
+    assert found.options == rope_options(table="half", interleaved=form is stacked, batched=True, **rounded)
+    means_rope(seen, found)
+
+
+@pytest.mark.parametrize("form", [joined, stacked])
+def test_members_of_a_part_of_the_features(form):
+    def f(x, cos, sin):
+        return torch.cat((x[..., :16], form(x[..., 16:48].float(), cos, sin).to(x.dtype), x[..., 48:]), -1)
+
+    seen = Seen(f, torch.randn(2, 4, 7, 64).bfloat16(), *torch.randn(2, 7, 16))
+    found = seen.one("rope")
+    assert (found.options["rotary_dim"], found.options["rotary_offset"]) == (32, 16)
+    means_rope(seen, found)
+
+
+def swapped(x, cos, sin):
+    first, second = x.chunk(2, -1)
+    return torch.cat((first * cos + second * sin, second * cos - first * sin), -1)
+
+
+def other_table(x, cos, sin):
+    first, second = x.chunk(2, -1)
+    return torch.cat((first * cos - second * sin, second * cos + first * cos), -1)
+
+
+def moved(x, cos, sin):
+    return torch.cat(members(x, cos, sin, True), -1)
+
+
+def put_between(x, cos, sin):
+    return torch.stack(members(x, cos, sin, False), -1).flatten(-2)
+
+
+def crossed(x, cos, sin):
+    return torch.stack(members(x, cos, sin, False), -2).flatten(-2)
+
+
+@pytest.mark.parametrize(
+    ("form", "reason"),
+    [
+        (moved, "features change places"),  # as DeepSeek is in Transformers
+        (put_between, "features change places"),
+        (lambda x, cos, sin: joined(x, cos, sin).bfloat16().float(), None),
+        (lambda x, cos, sin: joined(x.bfloat16(), cos, sin), "the result stays float32"),
+        (swapped, None),  # another rotation, the inverse one
+        (other_table, None),
+        (lambda x, cos, sin: torch.cat(members(x, cos, sin, False)[::-1], -1), None),
+    ],
+)
+def test_members_that_are_no_rotation(form, reason):
+    seen = Seen(form, torch.randn(2, 4, 7, 64), *torch.randn(2, 7, 32))
+    if reason is None:
+        (results,) = next(node for node in seen.graph.nodes if node.op == "output").args
+        assert not [f for f in seen.found if f.kind == "rope" and f.outputs["y"] in results]
+    else:
+        assert reason in seen.miss("rope")
+
+
+def test_members_behind_one_another_are_joined():
+    seen = Seen(crossed, torch.randn(2, 4, 7, 64), *torch.randn(2, 7, 32))
+    means_rope(seen, seen.one("rope"))

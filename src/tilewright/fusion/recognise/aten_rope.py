@@ -4,14 +4,15 @@ Known:
 
 - Hugging Face's ``x * cos + rotate_half(x) * sin``, ``rotate_half`` being ``cat((-x2, x1), -1)`` of the halves, with
   tables ``[B, S, D]`` or ``[S, D]`` that gained a dimension for the heads;
+- the two members computed one by one, with a table of half width: see ``aten_rope_pairs.py``;
 - DeepSeek's ``view_as_real(view_as_complex(x.float().view(..., -1, 2)) * freqs_cis).flatten(-2).to(dtype)``.
 
-Both also where a part of the features is rotated and put between the others by ``cat``.
+All of them also where a part of the features is rotated and put between the others by ``cat``.
 
 Options are those of :func:`tilewright.rope`, and two more:
 
 ``table``: ``"doubled"``: the graph shows that the two halves of cos and of sin are equal; ``"unproven"``: it does not;
-``"complex"``: ``freqs_cis`` holds cosines and sines.
+``"half"``: it has one entry for both; ``"complex"``: ``freqs_cis`` holds cosines and sines.
 
 ``products``: ``"exact"``: they are computed in float32, as ``rope`` does; ``"rounded"``: each is rounded to the dtype
 of ``x`` before they are added, as a 16-bit ``x`` and a 16-bit table do. ``rope`` rounds once and is nearer the truth.
@@ -53,6 +54,7 @@ from tilewright.fusion.forms import (
 from tilewright.fusion.found import Found, NearMiss
 from tilewright.fusion.graph import aten, is_call, same_shape, same_size
 from tilewright.fusion.graph import value as fake_of
+from tilewright.fusion.recognise.aten_rope_pairs import PAIRS, ROUNDED, TERMS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -91,10 +93,10 @@ def recognise_rotations(graph: Graph) -> tuple[list[Found], list[NearMiss]]:
     readings: dict[Found, list[tuple[str, bool]]] = {}
     inside: set[Node] = set()
     for node in reversed(graph.nodes):
-        if node in inside or not is_call(node, *CASTS, *ADD, *VIEWS):
+        if node in inside or not is_call(node, *CASTS, *ADD, *VIEWS, aten.cat.default):
             continue
         reasons: list[tuple[str, Match]] = []
-        for form, judge in ((_HALVES, _judge_halves), (_COMPLEX_ROOT, _judge_complex)):
+        for form, judge in ((_HALVES, _judge_halves), (_COMPLEX_ROOT, _judge_complex), (PAIRS, _judge_pairs)):
             for match in form.matches(node, Match()):  # x may be any of several views, or a cast
                 judged = judge(node, match)
                 if isinstance(judged, Found):
@@ -122,7 +124,7 @@ def _judge_halves(node: Node, match: Match) -> Found | str | None:
     computed = {dtype_of(term) for term in terms}
     if "cast" in match.bindings and (dtype_of(node) != dtype or computed != {torch.float32}):
         return None  # the cast is no part of the rotation
-    reason = _difference(match, node, [table for table, _ in tables])
+    reason = _difference(dtype, node, [table for table, _ in tables], terms)
     if reason:
         return reason
     rounded = dtype != torch.float32 and computed == {dtype}
@@ -142,13 +144,12 @@ def _judge_halves(node: Node, match: Match) -> Found | str | None:
     return Found("rope", "aten", inputs, options, {"y": node}, nodes)
 
 
-def _difference(match: Match, node: Node, tables: list[Node]) -> str:
-    dtype = dtype_of(match["x"])
+def _difference(dtype: torch.dtype, node: Node, tables: list[Node], terms: list[Node]) -> str:
     wrong = [table for table in tables if dtype_of(table) not in (dtype, torch.float32)]
     if wrong:
         return f"the table is {plain(dtype_of(wrong[0]))}; expected {plain(dtype)}, the dtype of x, or float32"
-    if len({dtype_of(match[name]) for name in ("cos_term", "sin_term", "sum")}) != 1:
-        return "the two products are rounded to different dtypes"
+    if len({dtype_of(term) for term in terms}) != 1:
+        return "the products are rounded to different dtypes"
     if dtype_of(node) != dtype:
         return f"the result stays {plain(dtype_of(node))}; expected it rounded to {plain(dtype)}, the dtype of x"
     return ""
@@ -185,10 +186,47 @@ def _judge_complex(node: Node, match: Match) -> Found | str | None:
     return Found("rope", "aten", {"x": x, "freqs_cis": table}, options, {"y": node}, match.nodes | views)
 
 
+def _judge_pairs(node: Node, match: Match) -> Found | str | None:
+    x, dtype = match["x"], dtype_of(match["x"])
+    part, cos = _turned(match)
+    readings = _readings(part, cos)
+    if dtype not in _DTYPES or not readings or not same_shape(shape_of(cos), shape_of(match["sin"])):
+        return None
+    whole = same_shape(shape_of(node), shape_of(x))
+    if not whole or not all(same_shape(shape_of(match[name]), shape_of(part)) for name in TERMS):
+        return None
+    stacked, others = ("stacked" in match.bindings), ("others" in match.bindings)
+    if stacked and not same_size(shape_of(match["stacked"])[-1], 2):
+        return None
+    terms = [match[name] for name in TERMS]
+    computed = {dtype_of(term) for term in terms}
+    if any(name in match.bindings for name in ROUNDED) and (dtype_of(node) != dtype or computed != {torch.float32}):
+        return None  # the cast is no part of the rotation
+    tables = [_table(match[name]) for name in ("cos", "sin")]
+    reason = _difference(dtype, node, [table for table, _ in tables], terms)
+    if reason or stacked != others:
+        return reason or "features change places: rope leaves the members of a pair where it has read them"
+    rounded = dtype != torch.float32 and computed == {dtype}
+    options = {
+        "layout": readings[0][0],
+        "interleaved": stacked,
+        "rotary_dim": None,
+        "rotary_offset": 0,
+        "inverse": False,
+        "numerics": "hf" if rounded else "exact",
+        "table": "half",
+        "products": "rounded" if rounded else "exact",
+        "batched": readings[0][1],
+    }
+    inputs = {"x": x, "cos": tables[0][0], "sin": tables[1][0]}
+    return Found("rope", "aten", inputs, options, {"y": node}, match.nodes.union(*(views for _, views in tables)))
+
+
 def _turned(match: Match) -> tuple[Node, Node]:
     """What is multiplied by which table."""
-    pair = ("turned", "freqs") if "freqs" in match.bindings else ("x", "cos")
-    return match[pair[0]], match[pair[1]]
+    if "freqs" in match.bindings:
+        return match["turned"], match["freqs"]
+    return match[next(name for name in ("halves", "others", "x") if name in match.bindings)], match["cos"]
 
 
 def _readings(x: Node, table: Node) -> list[tuple[str, bool]]:
@@ -223,7 +261,9 @@ def _read_alike(found: list[Found], readings: Mapping[Found, list[tuple[str, boo
     alike = []
     for each in found:
         (layout, batched), *_ = common[_tables(each)] or readings[each]
-        alike.append(replace(each, options={**each.options, "layout": layout, "batched": batched}))
+        way = {"layout": layout, "batched": batched}
+        alone = each.alone and replace(each.alone, options={**each.alone.options, **way})
+        alike.append(replace(each, options={**each.options, **way}, alone=alone))
     return alike
 
 
