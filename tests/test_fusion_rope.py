@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from fusion_helpers import fresh  # noqa: F401 - a fixture
+import tilewright
+from fusion_helpers import fresh, only  # noqa: F401 - a fixture among them
 from test_fusion_forms import Seen
 from tilewright.fusion import RULES
 from tilewright.fusion.fuse import Policy, fuse
@@ -32,19 +33,23 @@ def complex_numbers(q, k, turns):
     return one(q), one(k)
 
 
-def counts_of(function, *tensors, dynamic=False, exact=False):
+def counts_of(function, *tensors, **kwargs):
+    return report_of(function, *tensors, **kwargs).counts
+
+
+def report_of(function, *tensors, dynamic=False, exact=False):
     """What fuses in the graph of a function, without generating code; its results must be those from before."""
+    register()
     seen = Seen(function, *tensors, dynamic=dynamic)
     (results,) = next(node for node in seen.graph.nodes if node.op == "output").args
     expected = [seen.values[node] for node in results]
-    register()
     with torch.no_grad():
         report = fuse(seen.graph, RULES, Policy())
         (results,) = next(node for node in seen.graph.nodes if node.op == "output").args
         values = seen._run(tensors)
     tolerance = {"rtol": 0, "atol": 0} if exact else {}
     torch.testing.assert_close([values[node] for node in results], expected, **tolerance)
-    return FusionReport([report]).counts
+    return FusionReport([report])
 
 
 @pytest.mark.parametrize("layout", ["bhsd", "bshd", "sbhd"])
@@ -67,3 +72,53 @@ def test_one_head_beside_many(layout, batch, length, heads):
         assert counts_of(complex_numbers, q, k, turns) == {"rope_qk": 1}
         if layout == "bhsd" and rows == 1:
             assert counts_of(halves, q, k, cos[0, 0], sin[0, 0]) == {"rope_qk": 1}
+
+
+SPLITS = {
+    "view": lambda x, heads: x.view(*x.shape[:-1], heads, DIM),
+    "unflatten": lambda x, heads: x.unflatten(-1, (heads, DIM)),
+    "tokens": lambda x, heads: x.reshape(-1, heads, DIM),
+    "rows": lambda x, heads: x.reshape(-1, DIM),
+}
+
+
+@pytest.mark.parametrize("shape", [(6,), (2, 6), (1, 6)], ids=str)
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("how", SPLITS)
+@pytest.mark.parametrize("after", ["heads", "permuted", "flat"])
+def test_norms_of_heads_of_a_packed_projection(after, how, dynamic, shape):
+    """Parts of one tensor, whose strides are those of the whole, and whose norms' are their own."""
+
+    def run(qkv, cos, sin, wq, wk):
+        lead = qkv.shape[:-1] if qkv.dim() == 3 else (1, *qkv.shape[:-1])
+        rotated = []
+        for x, heads, w in zip(qkv.split([4 * DIM, 2 * DIM, 2 * DIM], -1), (4, 2), (wq, wk), strict=False):
+            y = tilewright.rms_norm(SPLITS[how](x, heads), w)
+            if after == "flat":
+                y = y.view(-1, DIM)
+            y = y.view(*lead, heads, DIM)
+            layout = "bshd"
+            if after == "permuted":
+                y, layout = y.transpose(1, 2), "bhsd"
+            rotated.append(tilewright.rope(y, cos, sin, layout=layout))
+        return rotated
+
+    angles = torch.randn(6, DIM // 2)
+    weights = torch.rand(2, DIM)
+    given = torch.randn(*shape, 8 * DIM), angles.cos(), angles.sin(), *weights
+    assert counts_of(run, *given, dynamic=dynamic, exact=True) == {"qk_norm_rope": 1}
+
+
+def test_heads_that_are_rotated_in_a_shape_of_their_own():
+    """A view of the norm, which is contiguous, that what is normalised has only as a copy."""
+
+    def run(qkv, cos, sin, wq, wk):
+        q, k, _ = qkv.split([4 * DIM, 2 * DIM, 2 * DIM], -1)
+        y = tilewright.rms_norm(q.unflatten(-1, (4, DIM)), wq).view(2, 6, 2, DIM)
+        z = tilewright.rms_norm(k.unflatten(-1, (2, DIM)), wk).view(2, 6, 1, DIM)
+        return tilewright.rope(y, cos, sin), tilewright.rope(z, cos, sin)
+
+    angles = torch.randn(6, DIM // 2)
+    report = report_of(run, torch.randn(2, 3, 8 * DIM), angles.cos(), angles.sin(), *torch.rand(2, DIM), exact=True)
+    assert report.counts == {"rope_qk": 1}
+    assert "would have to be copied" in only(report, "refused").reason

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 aten, prims = torch.ops.aten, torch.ops.prims
 
-_RESHAPES = frozenset({aten.reshape.default, aten.view.default, aten._unsafe_view.default})
+RESHAPES = frozenset({aten.reshape.default, aten.view.default, aten._unsafe_view.default})
 _RENAMES = frozenset(
     {aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.default, aten.squeeze.dims, aten.alias.default}
 )
@@ -62,7 +62,7 @@ def seen_through(node: Node) -> Node | None:
     before, after = value(source), value(node)
     if not isinstance(before, torch.Tensor) or not isinstance(after, torch.Tensor) or before.dtype != after.dtype:
         return None
-    if node.target in _RESHAPES or node.target in _RENAMES:
+    if node.target in RESHAPES or node.target in _RENAMES:
         kept = before.dim() > 0 and after.dim() > 0 and same_size(before.shape[-1], after.shape[-1])
         return source if kept else None
     return source if node.target in _COPIES or node.target in _CASTS else None

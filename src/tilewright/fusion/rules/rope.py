@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.fx import Node
 
-from tilewright.fusion.graph import aten, depends, is_call, seen_through, value, wanted
+from tilewright.fusion.graph import RESHAPES, CannotBuild, aten, depends, is_call, seen_through, value, wanted
 from tilewright.fusion.rule import Proposal, Refusal
 
 if TYPE_CHECKING:
@@ -185,10 +185,33 @@ def _permuted(node: Node) -> Node | None:
 
 
 def _replayed(editor: Editor, node: Node, path: list[Node]) -> Node:
-    """What views of one tensor would be of another of its shape."""
-    for view in path:
-        node = editor.call(view.target, node, *view.args[1:], **view.kwargs)  # type: ignore[arg-type]
+    """What views of one tensor would be of another of its shape, which may lie otherwise in memory.
+
+    Raises:
+        CannotBuild: one of them would be a copy.
+    """
+    for view in _last_shapes(path):
+        target = aten.reshape.default if is_call(view, *RESHAPES) else view.target
+        seen = editor.call(target, node, *view.args[1:], **view.kwargs)  # type: ignore[arg-type]
+        if is_call(seen, aten.reshape.default) and not _in_memory_of(seen, node):
+            raise CannotBuild("what is normalised would have to be copied into the shape that is rotated")
+        node = seen
     return node
+
+
+def _last_shapes(path: list[Node]) -> list[Node]:
+    """The views that decide: those before a reshape, up to a permutation or a copy, it makes up for."""
+    left: list[Node] = []
+    for view in path:
+        while is_call(view, *RESHAPES) and left and not is_call(left[-1], aten.permute.default, aten.clone.default):
+            left.pop()
+        left.append(view)
+    return left
+
+
+def _in_memory_of(node: Node, other: Node) -> bool:
+    a, b = (value(each).untyped_storage() for each in (node, other))
+    return bool(a._cdata == b._cdata)
 
 
 def _different(norms: tuple[Found, Found], pair: tuple[Found, Found]) -> str:
