@@ -1,5 +1,8 @@
 """Fusion of rotary embeddings: one head beside many, tables that are equal, norms of heads of packed projections."""
 
+import operator
+import time
+
 import pytest
 import torch
 
@@ -7,9 +10,12 @@ import tilewright
 from fusion_helpers import fresh, only  # noqa: F401 - a fixture among them
 from test_fusion_forms import Seen
 from tilewright.fusion import RULES
+from tilewright.fusion.expressions import Expressions
 from tilewright.fusion.fuse import Policy, fuse
+from tilewright.fusion.graph import aten
 from tilewright.fusion.report import FusionReport
 from tilewright.ops import register
+from tilewright.ops.quant_fp8.format import encoded
 
 pytestmark = pytest.mark.filterwarnings("ignore::tilewright.fusion.FusionWarning")
 
@@ -122,3 +128,135 @@ def test_heads_that_are_rotated_in_a_shape_of_their_own():
     report = report_of(run, torch.randn(2, 3, 8 * DIM), angles.cos(), angles.sin(), *torch.rand(2, DIM), exact=True)
     assert report.counts == {"rope_qk": 1}
     assert "would have to be copied" in only(report, "refused").reason
+
+
+def own(q, k, first, second):
+    return tilewright.rope(q, *first), tilewright.rope(k, *second)
+
+
+def plain(q, k, first, second):
+    return (
+        q * first[0].unsqueeze(2) + rotate_half(q) * first[1].unsqueeze(2),
+        k * second[0].unsqueeze(2) + rotate_half(k) * second[1].unsqueeze(2),
+    )
+
+
+def gathered(table, positions, n):
+    return table[positions]
+
+
+def sliced(table, positions, n):
+    return table[:n].unsqueeze(0).float()
+
+
+def selected(table, positions, n):
+    return table.index_select(0, positions[0]).unsqueeze(0)
+
+
+@pytest.mark.parametrize("take", [gathered, sliced, selected])
+@pytest.mark.parametrize("form", [own, plain])
+@pytest.mark.parametrize("heads", [1, 2])
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_tables_that_are_equal(take, form, heads, dynamic):
+    """Each of the two takes its rows of the model's table by itself."""
+    q, k = torch.randn(2, 3, 4, DIM), torch.randn(2, 3, heads, DIM)
+    positions = torch.randint(0, 6, (2, 3))
+    tables = torch.randn(2, 7, DIM // 2 if form is own else DIM)
+
+    def run(q, k, cos, sin, positions):
+        n = q.shape[1]
+        pairs = [[take(table, positions, n) for table in (cos, sin)] for _ in range(2)]
+        if form is own:
+            pairs = [[table.reshape(-1, DIM // 2)[:n] for table in pair] for pair in pairs]
+        return form(q, k, *pairs)
+
+    assert counts_of(run, q, k, *tables, positions, dynamic=dynamic) == {"rope_qk": 1}
+
+
+DIFFERENT = {
+    "rows": lambda table: (table[:3], table[1:4]),
+    "numbers": lambda table: (table[:3] * 2, table[:3] * 3),
+    "random": lambda table: (table[:3] * torch.rand(3, 1), table[:3] * torch.rand(3, 1)),
+    "dropout": lambda table: [torch.nn.functional.dropout(table[:3]) for _ in range(2)],
+}
+
+
+@pytest.mark.parametrize("how", DIFFERENT)
+def test_tables_that_are_not_equal(how):
+    def run(q, k, cos, sin):
+        first, second = DIFFERENT[how](cos)
+        return own(q, k, (first, sin), (second, sin))
+
+    seen = Seen(run, torch.randn(2, 3, 4, DIM), torch.randn(2, 3, 2, DIM), torch.randn(7, 4), torch.randn(3, 4))
+    register()
+    assert not fuse(seen.graph, RULES, Policy()).decisions
+
+
+def written(graph, where):
+    """A graph with two rotations by copies of a table, one of which, or the table, is written to."""
+    mode = torch._subclasses.FakeTensorMode()
+
+    def put(node, *shape):
+        with mode:
+            node.meta["val"] = torch.empty(shape)
+        return node
+
+    q, k = (put(graph.placeholder(name), 2, 3, 4, DIM) for name in "qk")
+    cos, sin = (put(graph.placeholder(name), 3, DIM // 2) for name in ("cos", "sin"))
+    clones = [put(graph.call_function(aten.clone.default, (cos,)), 3, DIM // 2) for _ in range(2)]
+    target = torch.ops.tilewright.rope.default
+    first = put(graph.call_function(target, (q, cos if where == "table" else clones[0], sin)), 2, 3, 4, DIM)
+    if where == "late":
+        second = put(graph.call_function(target, (k, clones[1], sin)), 2, 3, 4, DIM)
+    put(graph.call_function(aten.add_.Tensor, (cos if where == "table" else clones[1], 1)), 3, DIM // 2)
+    if where != "late":
+        second = put(graph.call_function(target, (k, cos if where == "table" else clones[1], sin)), 2, 3, 4, DIM)
+    graph.output((first, second))
+    return graph
+
+
+@pytest.mark.parametrize("where", ["copy", "table", "late"])
+def test_a_table_that_is_written_in_between(where):
+    register()
+    report = FusionReport([fuse(written(torch.fx.Graph(), where), RULES, Policy())])
+    if where == "late":
+        assert report.counts == {"rope_qk": 1}
+    else:
+        assert not report.decisions
+
+
+def test_a_norm_that_is_written_before_it_is_quantised():
+    register()
+    graph, mode = torch.fx.Graph(), torch._subclasses.FakeTensorMode()
+
+    def put(node, *arguments):
+        with mode:
+            node.meta["val"] = torch.empty(3, 128) if node.op == "placeholder" else node.target(*arguments)
+        return node
+
+    x = put(graph.placeholder("x"))
+    y = graph.call_function(torch.ops.tilewright.rms_norm.default, (x, None))
+    put(y, x.meta["val"], None)
+    graph.call_function(aten.add_.Tensor, (y, 1))
+    text = encoded(tilewright.QuantFormat(dtype=torch.float8_e4m3fn))
+    quantised = graph.call_function(torch.ops.tilewright.quant_fp8.default, (y, None, [text]))
+    put(quantised, y.meta["val"], None, [text])
+    values = graph.call_function(operator.getitem, (quantised, 0))
+    values.meta["val"] = quantised.meta["val"][0]
+    graph.output((values,))
+    report = FusionReport([fuse(graph, RULES, Policy())])
+    assert only(report, "refused").reason == "something is written in place between the operations"
+
+
+def test_equality_is_asked_of_a_long_graph_in_no_time():
+    """Chains that share everything: a walk back from each would never end."""
+    graph = torch.fx.Graph()
+    x = graph.placeholder("x")
+    left = right = x
+    for _ in range(2000):
+        left, right = (graph.call_function(aten.add.Tensor, (each, each)) for each in (left, right))
+    expressions = Expressions(graph)
+    start = time.perf_counter()
+    assert expressions.of(left, right) == expressions.of(right, left)
+    assert expressions.of(left, right) != expressions.of(x, right)
+    assert time.perf_counter() - start < 1

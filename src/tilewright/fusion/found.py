@@ -10,6 +10,8 @@ if TYPE_CHECKING:
 
     from torch.fx import Node
 
+    from tilewright.fusion.expressions import Expressions
+
 
 @dataclass(frozen=True, eq=False)
 class Found:
@@ -65,12 +67,19 @@ class Index:
         found: in the order of the graph.
         misses: likewise.
         failed: the adapters that raised, with what.
+        expressions: which nodes hold the same numbers; None where every node is taken for itself.
     """
 
     found: list[Found] = field(default_factory=list)
     misses: list[NearMiss] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)
+    expressions: Expressions | None = None
 
     def of(self, *kinds: str) -> list[Found]:
         """Those of some kinds."""
         return [each for each in self.found if each.kind in kinds]
+
+    def held(self, found: Found, name: str) -> Any:
+        """What is equal for inputs of operations that hold the same numbers: a key of dictionaries."""
+        node, user = found.inputs.get(name), next(iter(found.outputs.values()), None)
+        return node if self.expressions is None or user is None else self.expressions.of(node, user)

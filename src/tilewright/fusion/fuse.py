@@ -15,6 +15,7 @@ from torch._inductor.pattern_matcher import stable_topological_sort
 from torch._ops import OpOverload
 from torch.fx import Node
 
+from tilewright.fusion.expressions import writes
 from tilewright.fusion.graph import (
     CannotBuild,
     Editor,
@@ -130,6 +131,7 @@ def _apply(
     """Make the best of the proposals; whether another round may make more."""
     taken: dict[Node, str] = {}
     moved: dict[Node, Node] = {}
+    regions = _regions(graph)
     waits = False
     for rule, proposal in proposals:
         if rule.name in disabled:
@@ -141,7 +143,7 @@ def _apply(
             refused[key] = _refused(rule, start, f"{rival}{_RIVAL}")
             continue
         try:
-            why = _not_allowed(rule, proposal, policy)
+            why = _not_allowed(rule, proposal, policy, regions)
             outcome = _refused(rule, start, why) if why else _make(graph, rule, proposal, policy, moved)
         except Exception as error:  # likewise; what was added is dead
             decided.append(_failed(rule, graph, error, start))
@@ -157,8 +159,19 @@ def _apply(
     return waits
 
 
-def _not_allowed(rule: Rule, proposal: Proposal, policy: Policy) -> str:
+def _regions(graph: Graph) -> dict[Node, int]:
+    """How many nodes up to each may have written to memory that they were given."""
+    regions, written = {}, 0
+    for node in graph.nodes:
+        written += writes(node)
+        regions[node] = written
+    return regions
+
+
+def _not_allowed(rule: Rule, proposal: Proposal, policy: Policy, regions: Mapping[Node, int]) -> str:
     """Why a proposal may not be made; empty if it may."""
+    if len({regions[node] for node in proposal.claims}) > 1:
+        return "something is written in place between the operations"
     if proposal.differences and not policy.relaxed:
         return f"differs in {', '.join(proposal.differences)}, which numerics='relaxed' would allow"
     least, most = rule.pays

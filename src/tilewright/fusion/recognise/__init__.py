@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, TypeAlias
 
 from tilewright.errors import ArgumentError
+from tilewright.fusion.expressions import Expressions
 from tilewright.fusion.found import Found, Index, NearMiss
 
 if TYPE_CHECKING:
@@ -67,4 +68,4 @@ def index(graph: Graph) -> Index:
     order = {node: place for place, node in enumerate(graph.nodes)}
     found.sort(key=lambda each: min(order[node] for node in each.nodes))
     misses.sort(key=lambda each: order[each.node])
-    return Index(found, misses, failed)
+    return Index(found, misses, failed, Expressions(graph))

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from tilewright.fusion.expressions import Expressions
 from tilewright.fusion.forms import (
     ADD,
     ANYTHING,
@@ -108,7 +109,7 @@ def recognise_rotations(graph: Graph) -> tuple[list[Found], list[NearMiss]]:
         if reasons and node not in inside:
             misses.append(NearMiss("rope", node, reasons[0][0]))
             inside |= reasons[0][1].nodes
-    return _read_alike(found, readings), misses
+    return _read_alike(found, readings, Expressions(graph)), misses
 
 
 def _judge_halves(node: Node, match: Match) -> Found | str | None:
@@ -252,23 +253,28 @@ def _readings(x: Node, table: Node) -> list[tuple[str, bool]]:
     return [(layout, batched and layout != "sbhd") for layout, does in fits.items() if does]
 
 
-def _read_alike(found: list[Found], readings: Mapping[Found, list[tuple[str, bool]]]) -> list[Found]:
+def _read_alike(
+    found: list[Found], readings: Mapping[Found, list[tuple[str, bool]]], expressions: Expressions
+) -> list[Found]:
     """The same, those of one table read in one way if there is one: a single head is laid out as its neighbours are."""
-    common: dict[tuple[Node | None, ...], list[tuple[str, bool]]] = {}
+    if all(len(each) == 1 for each in readings.values()):
+        return found
+
+    def tables(each: Found) -> tuple[Any, ...]:
+        names = ("cos", "sin", "freqs_cis")
+        return tuple(expressions.of(each.inputs.get(name), each.outputs["y"]) for name in names)
+
+    common: dict[Any, list[tuple[str, bool]]] = {}
     for each in found:
-        key = _tables(each)
+        key = tables(each)
         common[key] = [reading for reading in common.get(key, readings[each]) if reading in readings[each]]
     alike = []
     for each in found:
-        (layout, batched), *_ = common[_tables(each)] or readings[each]
+        (layout, batched), *_ = common[tables(each)] or readings[each]
         way = {"layout": layout, "batched": batched}
         alone = each.alone and replace(each.alone, options={**each.alone.options, **way})
         alike.append(replace(each, options={**each.options, **way}, alone=alone))
     return alike
-
-
-def _tables(found: Found) -> tuple[Node | None, ...]:
-    return tuple(found.inputs.get(name) for name in ("cos", "sin", "freqs_cis"))
 
 
 def _table(node: Node) -> tuple[Node, frozenset[Node]]:

@@ -114,16 +114,16 @@ class QuantisedRule:
         for producer in self._producers(index):
             consumers = quants.get(producer.y)
             if consumers:
-                yield self._candidate(producer, consumers)
+                yield self._candidate(producer, consumers, index)
 
-    def _candidate(self, producer: Producer, consumers: list[Found]) -> Proposal | Refusal:
+    def _candidate(self, producer: Producer, consumers: list[Found], index: Index) -> Proposal | Refusal:
         start = producer.y
         asked = {c.options.get("impl") for c in consumers} | {producer.found.options.get("impl")}
         if len(asked) > 1:
             names = ", ".join(sorted(str(name) for name in asked))
             return Refusal(start, f"the operations ask for different implementations: {names}")
-        united = unite((_asked(c), c) for c in consumers)
-        group = _one_launch(united)
+        united = unite(((_format(c), index.held(c, "scale")), c) for c in consumers)
+        group = _one_launch(united, index)
         if depends_on_itself(producer, group):
             return Refusal(start, "a given scale is computed from what it scales")
         return self._proposal(producer, group, len(consumers), asked.pop())
@@ -202,11 +202,6 @@ class QuantisedRule:
         return self.replacement, producer.tensors, options | keywords | {emitted: emits, "impl": impl}
 
 
-def _asked(found: Found) -> Any:
-    """What makes two consumers equal."""
-    return _format(found), found.inputs["scale"]
-
-
 def _format(found: Found) -> QuantFormat:
     """The format in which the new operation is to quantise.
 
@@ -216,9 +211,9 @@ def _format(found: Found) -> QuantFormat:
     return replace(given, policy=replace(given.arithmetic, round_input=True))
 
 
-def _one_launch(united: list[list[Found]]) -> list[list[Found]]:
+def _one_launch(united: list[list[Found]], index: Index) -> list[list[Found]]:
     """The most consumers that one launch serves: those without a given scale, or those with one and the same."""
-    by_scale = unite((same[0].inputs["scale"], same) for same in united)
+    by_scale = unite((index.held(same[0], "scale"), same) for same in united)
     return max(by_scale, key=lambda group: min(len(group), MAX_FORMATS))[:MAX_FORMATS]
 
 

@@ -38,11 +38,21 @@ class RopePair:
     pays: tuple[int | None, int | None] = (None, None)  # one launch for two at every size, the table read once
 
     def propose(self, graph: Graph, index: Index) -> Iterator[Proposal | Refusal]:
-        """Pairs in the order of the graph; what is left over has no partner."""
+        """Pairs in the order of the graph, then those that would be pairs without what they carry along."""
         left: dict[Any, Found] = {}
-        for pair in pairs(index.of("rope"), left):
-            yield pair if isinstance(pair, Refusal) else self._proposal(*pair)
-        yield from parts_of_copies(left.values())
+        for pair in pairs(index, index.of("rope"), left):
+            yield self._candidate(pair)
+        for pair in pairs(index, [found.alone or found for found in left.values()], {}):
+            yield self._candidate(pair)
+
+    def _candidate(self, pair: tuple[Found, Found] | Refusal) -> Proposal | Refusal:
+        if isinstance(pair, Refusal):
+            return pair
+        if any(map(is_copied, pair)):
+            why = "is rotated by the kernel that puts it beside something else; a launch for both would save none"
+            copied = next(found for found in pair if is_copied(found))
+            return Refusal(pair[0].outputs["y"], f"{copied.outputs['y'].name} {why}")
+        return self._proposal(*pair)
 
     def _proposal(self, q: Found, k: Found) -> Proposal:
         tensors, results = (q.tensor("x"), k.tensor("x")), (q.outputs["y"], k.outputs["y"])
@@ -68,11 +78,11 @@ class RopePair:
         )
 
 
-def pairs(rotations: Iterable[Found], left: dict[Any, Found]) -> Iterator[tuple[Found, Found] | Refusal]:
+def pairs(index: Index, rotations: Iterable[Found], left: dict[Any, Found]) -> Iterator[tuple[Found, Found] | Refusal]:
     """Every two rotations that one call can make, in their order; those without a partner are in ``left`` then."""
     for found in rotations:
         options = {name: given for name, given in found.options.items() if name not in _ONE_AT_A_TIME}
-        key = tuple(found.inputs.get(name) for name in _TABLE), str(sorted(options.items(), key=str))
+        key = tuple(index.held(found, name) for name in _TABLE), str(sorted(options.items(), key=str))
         first = left.pop(key, None)
         if first is None:
             left[key] = found
@@ -83,17 +93,19 @@ def pairs(rotations: Iterable[Found], left: dict[Any, Found]) -> Iterator[tuple[
             yield first, found
 
 
-def parts_of_copies(left: Iterable[Found]) -> Iterator[Refusal]:
-    """Rotations that would be a pair without the features that they are put beside, as those of latent attention.
+def is_copied(found: Found) -> bool:
+    """Whether nothing is done with a rotation in plain PyTorch but to put it beside something else.
 
-    Inductor rotates each in the kernel that puts it there, of which there are two with or without the rotation.
+    Inductor then rotates in the kernel that puts it there, which is needed with or without the rotation.
     """
-    for pair in pairs([found.alone or found for found in left], {}):
-        if not isinstance(pair, Refusal):
-            why = (
-                "each is rotated in the kernel that puts it beside other features; a launch for both would be one more"
-            )
-            yield Refusal(pair[0].outputs["y"], why)
+    return found.source == "aten" and all(_is_copied(node) for node in found.outputs.values())
+
+
+def _is_copied(node: Node) -> bool:
+    views = (aten.expand.default, aten.permute.default, *RESHAPES)
+    return bool(node.users) and all(
+        is_call(user, aten.cat.default) or (is_call(user, *views) and _is_copied(user)) for user in node.users
+    )
 
 
 class QkNormRope:
@@ -108,7 +120,7 @@ class QkNormRope:
     def propose(self, graph: Graph, index: Index) -> Iterator[Proposal | Refusal]:
         """One candidate for each pair of rotations of which one at least is of a norm."""
         norms = {found.outputs["y"]: found for found in index.of("rms_norm")}
-        for pair in pairs(index.of("rope"), {}):
+        for pair in pairs(index, index.of("rope"), {}):
             if isinstance(pair, Refusal):
                 continue  # which the rule for the rotations alone has said
             before = [_normalised(rotation, norms) for rotation in pair]
