@@ -260,3 +260,34 @@ def test_equality_is_asked_of_a_long_graph_in_no_time():
     assert expressions.of(left, right) == expressions.of(right, left)
     assert expressions.of(left, right) != expressions.of(x, right)
     assert time.perf_counter() - start < 1
+
+
+def beside_earlier_keys(q, k, cos, sin):
+    q, k = halves(q, k, cos, sin)
+    return q, torch.cat((k[:, :, :2], k), 2)
+
+
+def keys_alone(q, k, cos, sin):
+    q, k = halves(q, k, cos, sin)
+    return q, torch.cat((torch.zeros_like(k), k), 2)
+
+
+def latent(q, k, cos, sin):
+    """As in latent attention: a part of each query's head, and one head of keys for all."""
+    rest, rotated = q.split([DIM, DIM], -1)
+    rotated, k = halves(rotated, k[:, :1, :, :DIM], cos[:, :DIM], sin[:, :DIM])
+    return torch.cat((rest, rotated), -1), torch.cat((rest, k.expand_as(rest)), -1)
+
+
+@pytest.mark.parametrize(
+    ("function", "fuses"), [(halves, True), (beside_earlier_keys, True), (keys_alone, False), (latent, False)]
+)
+def test_rotations_in_copies(function, fuses):
+    """What Inductor rotates where it copies it anyway needs no launch that could be saved."""
+    q, k = (torch.randn(2, 4, 3, 2 * DIM) for _ in range(2))
+    cos, sin = torch.randn(2, 3, 2 * DIM)
+    report = report_of(function, q, k, cos, sin)
+    assert report.counts == ({"rope_qk": 1} if fuses else {})
+    reasons = [d.reason for d in report.decisions if d.action == "refused"]
+    assert len(reasons) == (not fuses)
+    assert fuses or "rotated by the kernel that puts it beside something else" in reasons[0]

@@ -102,10 +102,11 @@ def is_copied(found: Found) -> bool:
 
 
 def _is_copied(node: Node) -> bool:
-    views = (aten.expand.default, aten.permute.default, *RESHAPES)
-    return bool(node.users) and all(
-        is_call(user, aten.cat.default) or (is_call(user, *views) and _is_copied(user)) for user in node.users
-    )
+    for user in node.users:
+        shown = is_call(user, aten.expand.default, aten.permute.default) or seen_through(user) is node
+        if not is_call(user, aten.cat.default) and not (shown and _is_copied(user)):
+            return False
+    return bool(node.users)
 
 
 class QkNormRope:
