@@ -51,7 +51,8 @@ def compile(
         numerics: ``"strict"``: a replacement rounds where what it replaces rounds; ``"relaxed"``: named differences are
             allowed, and recorded.
         rules: instead of all that the library has.
-        **torch_compile_options: of ``torch.compile``; ``backend`` must be ``"inductor"``.
+        **torch_compile_options: of ``torch.compile``; ``backend`` must be ``"inductor"``. A pass of yours in
+            ``options["post_grad_custom_post_pass"]``, or else in ``torch._inductor.config``, runs after the fusions.
 
     Returns:
         What ``torch.compile`` returns, with one more attribute, ``fusion_report``: a
@@ -92,7 +93,7 @@ def compile(
 
 
 def options(
-    *, verify: bool = False, numerics: Numerics = "strict", rules: Sequence[Rule] | None = None
+    *, verify: bool = False, numerics: Numerics = "strict", rules: Sequence[Rule] | None = None, then: Any = ...
 ) -> dict[str, Any]:
     """The library's fusions as ``options=`` of ``torch.compile``, for those who call that themselves.
 
@@ -103,6 +104,8 @@ def options(
         verify: as in :func:`tilewright.compile`.
         numerics: as in :func:`tilewright.compile`.
         rules: as in :func:`tilewright.compile`.
+        then: a pass of yours for the same place of Inductor's, ``post_grad_custom_post_pass``, or several, which run
+            after the fusions; by default what ``torch._inductor.config`` has there now; None for none.
 
     Raises:
         ArgumentError: an option that is not known.
@@ -116,10 +119,11 @@ def options(
     """
     _check(None, "warn", numerics, {}, rules)
     from tilewright.fusion.fuse import Policy
-    from tilewright.fusion.graph_pass import SLOT, FusionPass
+    from tilewright.fusion.graph_pass import SLOT, FusionPass, configured, passes
     from tilewright.fusion.store import Store
 
-    return {SLOT: FusionPass(FusionReport(), Policy(numerics == "relaxed", verify), rules, Store())}
+    others = configured() if then is ... else passes(then)
+    return {SLOT: FusionPass(FusionReport(), Policy(numerics == "relaxed", verify), rules, Store(), others)}
 
 
 def report_of(given: Mapping[str, Any]) -> FusionReport:
@@ -187,7 +191,7 @@ class _Judge:
 
 
 def _check(expect: Any, unmet: Any, numerics: Any, given: Mapping[str, Any], rules: Sequence[Rule] | None) -> None:
-    from tilewright.fusion.graph_pass import SLOT
+    from tilewright.fusion.graph_pass import FusionPass
     from tilewright.fusion.rules import RULES
 
     names = {rule.name for rule in (RULES if rules is None else rules)}
@@ -204,5 +208,7 @@ def _check(expect: Any, unmet: Any, numerics: Any, given: Mapping[str, Any], rul
         raise ArgumentError("compile", "backend", f"got {given['backend']!r}; only 'inductor' runs custom passes")
     if given.get("mode") is not None and given.get("options") is not None:
         raise ArgumentError("compile", "mode", "torch.compile takes either mode or options")
-    if SLOT in (given.get("options") or {}):
-        raise ArgumentError("compile", "options", f"{SLOT} is where the library's own pass goes")
+    if any(isinstance(each, FusionPass) for each in (given.get("options") or {}).values()):
+        raise ArgumentError(
+            "compile", "options", "tilewright.fusion.options() are for torch.compile; this function fuses by itself"
+        )

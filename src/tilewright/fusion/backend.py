@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
-from tilewright.fusion.graph_pass import SLOT, FusionPass, keep
+from tilewright.fusion.graph_pass import SLOT, FusionPass, configured, keep, passes
 from tilewright.fusion.store import Store, graph_key
 
 if TYPE_CHECKING:
@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 class Backend:
     """Inductor with the pass in it, which also keeps and recalls what was decided for each graph of Dynamo's.
 
+    Passes of others for the same place run after it: those that the options name, otherwise those that Inductor's
+    configuration has when a graph is compiled.
+
     Args:
         passed: the pass.
         config: Inductor's other options.
@@ -25,6 +28,8 @@ class Backend:
 
     def __init__(self, passed: FusionPass, config: Mapping[str, Any]) -> None:
         self._pass, self._config, self._store = passed, dict(config), Store()
+        self._has_others = SLOT in self._config
+        passed.then = passes(self._config.pop(SLOT)) if self._has_others else configured()
         self._identity = passed.identity()  # once: Dynamo compares backends when it looks for code, at every call
         self.__name__ = "tilewright"
 
@@ -42,6 +47,8 @@ class Backend:
         """Compile one graph of Dynamo's."""
         from torch._inductor.compile_fx import compile_fx
 
+        if not self._has_others:
+            self._pass.then = configured()
         key = graph_key(module, example_inputs)
         identity = self._pass.identity()
         self._pass.made.clear()
@@ -81,8 +88,10 @@ def inductor_options(given: dict[str, Any]) -> dict[str, Any]:
     """Take the options of Inductor out of those of ``torch.compile``, as its own wrapper reads them."""
     from torch import _TorchCompileInductorWrapper
 
-    mode, chosen = given.pop("mode", None), given.pop("options", None)
+    mode, chosen = given.pop("mode", None), dict(given.pop("options", None) or {})
+    named = {name.replace("-", "_"): name for name in chosen}  # as the wrapper spells them
+    others = {SLOT: chosen.pop(named[SLOT])} if SLOT in named else {}
     wrapper = _TorchCompileInductorWrapper(mode, chosen, given.get("dynamic"))  # type: ignore[no-untyped-call]
     given.pop("backend", None)
     config: dict[str, Any] = dict(wrapper.config)
-    return config
+    return config | others  # several passes are not a type that every version of the wrapper knows

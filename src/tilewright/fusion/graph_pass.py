@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import pickle
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
+from tilewright.errors import ArgumentError
 from tilewright.fusion.fuse import Policy, fuse
 from tilewright.fusion.recognise import identity
 from tilewright.fusion.rules import RULES
@@ -39,14 +41,21 @@ class FusionPass(CustomGraphPass):
         policy: what may be done.
         rules: by default all that the library has.
         store: where each graph's decisions are kept as soon as they are made; None if somebody else does that.
+        then: the passes of others that run over each graph afterwards.
     """
 
     def __init__(
-        self, report: FusionReport, policy: Policy, rules: Sequence[Rule] | None = None, store: Store | None = None
+        self,
+        report: FusionReport,
+        policy: Policy,
+        rules: Sequence[Rule] | None = None,
+        store: Store | None = None,
+        then: Sequence[Any] = (),
     ) -> None:
         register()  # the operators that rules put in
         self.report, self.policy, self._store = report, policy, store
         self.rules = tuple(RULES if rules is None else rules)
+        self.then = tuple(then)
         self.salt = ""
         """What else compiled code is to depend on: the graph's own key, so that a hit is one of this graph."""
         self.was_asked = False
@@ -55,13 +64,19 @@ class FusionPass(CustomGraphPass):
         """The reports of graphs since somebody last took them away: what a compilation has added."""
 
     def __call__(self, graph: Graph) -> None:
-        """Fuse one graph in place."""
-        done = fuse(graph, self.rules, self.policy, role_of(graph))
+        """Fuse one graph in place, and run the passes of others over it."""
+        role = role_of(graph)
+        done = fuse(graph, self.rules, self.policy, role)
         self.report.graphs.append(done)
         self.made.append(done)
         if self._store is not None and (identity := self.identity()) is not None:
             text = "\n".join(f"{line.name} {line.text}" for line in done.before)
             keep(self._store, identity, hashlib.sha256(text.encode()).hexdigest(), [done], self.report)
+        for other in self.then:
+            if _wants_to_know(other):
+                other(graph, is_inference=role == "inference")
+            else:
+                other(graph)
 
     def uuid(self) -> str | None:
         """What Inductor's cache asks for: :meth:`identity`, and :attr:`salt`."""
@@ -72,10 +87,12 @@ class FusionPass(CustomGraphPass):
     def identity(self) -> str | None:
         """What compiled code depends on besides the graph: a digest, equal in every process.
 
-        None, with which Inductor caches nothing, if there is a rule that is not the library's and has no ``version``.
+        None, with which Inductor caches nothing, if there is a rule that is not the library's and has no ``version``,
+        or somebody else's pass that has no ``uuid``.
         """
         rules = [_identity(rule) for rule in self.rules]
-        if None in rules:
+        others = [_identity_of_pass(other) for other in self.then]
+        if None in rules or None in others:
             return None
         parts: dict[str, Any] = {
             "library": _source_digest(),
@@ -85,8 +102,42 @@ class FusionPass(CustomGraphPass):
             "policy": [self.policy.relaxed, self.policy.verify],
             "rules": rules,
             "adapters": identity(),
+            "then": others,
         }
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def passes(given: Any) -> tuple[Any, ...]:
+    """Those that the option holds, but for the library's own: none, one, or several.
+
+    Raises:
+        ArgumentError: one of them cannot be called.
+    """
+    several = tuple(given) if isinstance(given, list | tuple) else () if given is None else (given,)
+    for each in several:
+        if not callable(each):
+            raise ArgumentError("compile", SLOT, f"got {each!r}; expected a pass, a list of passes, or None")
+    return tuple(each for each in several if not isinstance(each, FusionPass))
+
+
+def configured() -> tuple[Any, ...]:
+    """Those that Inductor's configuration has now."""
+    from torch._inductor import config
+
+    return passes(config.post_grad_custom_post_pass)
+
+
+def _wants_to_know(other: Any) -> bool:
+    from torch._inductor import custom_graph_pass
+
+    kind = getattr(custom_graph_pass, "CustomInferenceAwareGraphPass", None)  # not in every version
+    return kind is not None and isinstance(other, kind)
+
+
+def _identity_of_pass(other: Any) -> str | None:
+    """What tells somebody else's pass from others; None if nothing does."""
+    uuid = other.uuid() if isinstance(other, CustomGraphPass) else None
+    return hashlib.sha256(pickle.dumps(uuid)).hexdigest() if uuid else None
 
 
 def keep(store: Store, identity: str, key: str, made: Sequence[GraphReport], report: FusionReport) -> None:
