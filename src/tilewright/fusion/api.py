@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -56,7 +57,8 @@ def compile(
 
     Returns:
         What ``torch.compile`` returns, with one more attribute, ``fusion_report``: a
-        :class:`tilewright.fusion.FusionReport` that grows with each compilation.
+        :class:`tilewright.fusion.FusionReport` that grows with each compilation. A copy of a compiled module, and one
+        that was pickled, has a copy of the report, which grows by itself.
 
     Raises:
         ArgumentError: an option that is not known, or a backend that has no fusion.
@@ -72,23 +74,47 @@ def compile(
         {'rms_norm_quant': 1}
     """
     _check(expect, unmet, numerics, torch_compile_options, rules)
-    report = FusionReport()
-    if fusion:
+    settings = _Settings(fusion, verify, numerics, rules, torch_compile_options)
+    return _compiled(function, settings, _Judge(FusionReport(), expect, unmet))
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """The arguments of :func:`compile` that its judge does not have."""
+
+    fusion: bool
+    verify: bool
+    numerics: Numerics
+    rules: Sequence[Rule] | None
+    torch_compile_options: dict[str, Any]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Settings:
+        """The same: a rule is the library's own by what it is, not by what it is like."""
+        return self
+
+
+def _compiled(function: Any, settings: _Settings, judge: _Judge) -> Any:
+    given = dict(settings.torch_compile_options)
+    if settings.fusion:
         from tilewright.fusion.backend import Backend, inductor_options
         from tilewright.fusion.fuse import Policy
         from tilewright.fusion.graph_pass import FusionPass
 
-        passed = FusionPass(report, Policy(numerics == "relaxed", verify), rules)
-        backend = Backend(passed, inductor_options(torch_compile_options))
-        compiled = torch.compile(function, backend=backend, **torch_compile_options)
-        judge = _Judge(report, expect, unmet)
+        passed = FusionPass(judge.report, Policy(settings.numerics == "relaxed", settings.verify), settings.rules)
+        backend = Backend(passed, inductor_options(given), function)
+        compiled = torch.compile(function, backend=backend, **given)
         if isinstance(compiled, torch.nn.Module):
             compiled.__dict__["forward"] = judge.after(compiled.forward)
         else:
             compiled = judge.after(compiled)
     else:
-        compiled = torch.compile(function, **torch_compile_options)
-    compiled.__dict__["fusion_report"] = report  # a module's own way to set an attribute would give it to the original
+        compiled = torch.compile(function, **given)
+    own = compiled.__dict__  # a module's own way to set an attribute would give it to the original
+    own["fusion_report"] = judge.report
+    if isinstance(compiled, torch.nn.Module):
+        made_of = _compiled, (function, settings, judge)
+        own["__reduce__"] = lambda: made_of
+        own["__reduce_ex__"] = lambda protocol: made_of
     return compiled
 
 
@@ -154,29 +180,41 @@ class _Judge:
     """
 
     def __init__(self, report: FusionReport, expect: Mapping[str, int] | None, unmet: Unmet) -> None:
-        self._report, self._expect, self._unmet, self._is_done = report, expect, unmet, False
+        self.report, self._expect, self._unmet, self._is_done = report, expect, unmet, False
 
     def after(self, call: Callable[..., Any]) -> Callable[..., Any]:
         """The same function, judged after its first call."""
 
         @functools.wraps(call)
         def judged(*args: Any, **kwargs: Any) -> Any:
+            if self._is_done:
+                return call(*args, **kwargs)
+            before = _elsewhere(self.report)
             result = call(*args, **kwargs)
             if not self._is_done:
                 self._is_done = True
-                self._judge()
+                self._judge(_elsewhere(self.report) - before)
             return result
 
         return judged
 
-    def _judge(self) -> None:
-        counts = self._report.counts
-        if not self._report.graphs:
-            self._report.notes.append("nothing was compiled: code served that an equal compilation had left, or none")
+    def _judge(self, elsewhere: int) -> None:
+        """Judge the first call.
+
+        Args:
+            elsewhere: how many graphs other compiled functions have compiled in it.
+        """
+        counts = self.report.counts
+        if elsewhere:
+            self.report.notes.append(
+                "compiled functions inside this one, behind a break of its graph, have compiled more: see their reports"
+            )
+        if not self.report.graphs:
+            self.report.notes.append("nothing was compiled: code served that an equal compilation had left, or none")
             return
         if self._expect is None:
-            if not counts:
-                warnings.warn(f"nothing was fused\n{self._report}", FusionWarning, stacklevel=3)
+            if not counts and not elsewhere:
+                warnings.warn(f"nothing was fused\n{self.report}", FusionWarning, stacklevel=3)
             return
         wrong = [
             f"{name} was expected to fuse {number} times and did {counts.get(name, 0)} times"
@@ -184,10 +222,17 @@ class _Judge:
             if counts.get(name, 0) != number
         ]
         if wrong:
-            text = f"{'; '.join(wrong)}\n{self._report}"
+            text = f"{'; '.join(wrong)}\n{self.report}"
             if self._unmet == "raise":
                 raise FusionError(text)
             warnings.warn(text, FusionWarning, stacklevel=3)
+
+
+def _elsewhere(report: FusionReport) -> int:
+    """How many graphs are in the reports of other compiled functions."""
+    from tilewright.fusion.backend import Backend
+
+    return sum(len(each.graphs) for each in Backend.reports() if each is not report)
 
 
 def _check(expect: Any, unmet: Any, numerics: Any, given: Mapping[str, Any], rules: Sequence[Rule] | None) -> None:

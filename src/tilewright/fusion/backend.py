@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
+from weakref import WeakValueDictionary
+
+import torch
 
 from tilewright.fusion.graph_pass import SLOT, FusionPass, configured, keep, passes
 from tilewright.fusion.store import Store, graph_key
@@ -12,7 +15,12 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from contextlib import AbstractContextManager
 
-    import torch
+    from tilewright.fusion.report import FusionReport
+
+
+_LIVING: WeakValueDictionary[int, Backend] = WeakValueDictionary()
+INSIDE = "called inside another compiled function: what was decided there is in that one's report"
+"""The note of a compiled function that became a part of another one's graphs."""
 
 
 class Backend:
@@ -24,14 +32,18 @@ class Backend:
     Args:
         passed: the pass.
         config: Inductor's other options.
+        function: what is compiled.
     """
 
-    def __init__(self, passed: FusionPass, config: Mapping[str, Any]) -> None:
+    def __init__(self, passed: FusionPass, config: Mapping[str, Any], function: Any) -> None:
         self._pass, self._config, self._store = passed, dict(config), Store()
         self._has_others = SLOT in self._config
         passed.then = passes(self._config.pop(SLOT)) if self._has_others else configured()
         self._identity = passed.identity()  # once: Dynamo compares backends when it looks for code, at every call
         self.__name__ = "tilewright"
+        code = getattr(function, "__code__", None)
+        self._subject = str(id(function)) if isinstance(function, torch.nn.Module) else code
+        _LIVING[id(self)] = self
 
     def __eq__(self, other: object) -> bool:
         """Dynamo serves a call by code that an equal backend has compiled, as for the layers of one class."""
@@ -47,6 +59,7 @@ class Backend:
         """Compile one graph of Dynamo's."""
         from torch._inductor.compile_fx import compile_fx
 
+        self._tell_those_inside(module)
         if not self._has_others:
             self._pass.then = configured()
         key = graph_key(module, example_inputs)
@@ -64,6 +77,24 @@ class Backend:
             else:
                 report.graphs += self._recalled(identity, key)
         return compiled
+
+    @staticmethod
+    def reports() -> list[FusionReport]:
+        """Those of every compiled function that is there."""
+        return [each._pass.report for each in list(_LIVING.values())]
+
+    def _tell_those_inside(self, module: torch.fx.GraphModule) -> None:
+        """Note in the reports of compiled functions that Dynamo traced as parts of this one."""
+        from torch._guards import TracingContext
+
+        stacks = (node.meta.get("nn_module_stack") or () for node in module.graph.nodes)
+        inside = {str(key).partition("@")[0] for stack in stacks for key in stack}  # the modules' ids
+        codes = (TracingContext.get_traced_code() or ())[1:]  # the first is that of the whole
+        for each in list(_LIVING.values()):
+            subject, report = each._subject, each._pass.report
+            is_inside = subject in inside if isinstance(subject, str) else any(code is subject for code in codes)
+            if is_inside and each is not self and INSIDE not in report.notes:
+                report.notes.append(INSIDE)
 
     def _recalled(self, identity: str, key: str) -> tuple[Any, ...]:
         kept = self._store.recall(identity, key)
