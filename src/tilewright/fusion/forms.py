@@ -7,6 +7,7 @@ the rules.
 
 from __future__ import annotations
 
+import math
 import operator
 from dataclasses import dataclass, field
 from itertools import permutations
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch.fx import Node
 
-from tilewright.fusion.graph import arguments, aten, is_call, prims, same_size, value
+from tilewright.fusion.graph import arguments, aten, by_hint, is_call, prims, same_size, value
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -108,6 +109,17 @@ class Number(Form):
             what = arguments(what)[_FILLED[what.target]]
         if isinstance(what, int | float) and not isinstance(what, bool):
             yield from so_far.bound(self.name, what)
+        elif by_hint() and symbolic_number(what):
+            yield from so_far.bound(self.name, math.nan)
+
+
+def symbolic_number(node: Any) -> bool:
+    """Whether a node holds a Python float that varies from call to call: a float64 input, perhaps cast to float32."""
+    given = cast_source(node) or node
+    held = value(given) if isinstance(given, Node) and given.op == "placeholder" else None
+    if not isinstance(held, torch.Tensor):
+        return isinstance(held, torch.SymFloat)
+    return held.dim() == 0 and held.dtype == torch.float64 and held.device.type == "cpu"
 
 
 @dataclass(frozen=True)

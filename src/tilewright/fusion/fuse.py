@@ -22,6 +22,7 @@ from tilewright.fusion.graph import (
     aten,
     depends,
     finish,
+    hint,
     is_call,
     same_shape,
     same_size,
@@ -30,7 +31,7 @@ from tilewright.fusion.graph import (
 )
 from tilewright.fusion.recognise import index as recognised
 from tilewright.fusion.report import Decision, GraphReport, Line
-from tilewright.fusion.rule import Proposal, Refusal, hint, rows_of, unserved
+from tilewright.fusion.rule import Proposal, Refusal, rows_of, unserved
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence

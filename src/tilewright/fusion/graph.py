@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import operator
 import re
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -75,10 +76,38 @@ def origin(node: Node) -> Node:
     return node
 
 
+def hint(size: Any) -> int:
+    """A size; of a symbolic one the value it had when the graph was traced, 1 where it had none."""
+    if isinstance(size, int):
+        return size
+    found = size.node.hint
+    return 1 if found is None else int(found)
+
+
+_BY_HINT: ContextVar[bool] = ContextVar("by_hint", default=False)
+
+
+@contextmanager
+def taken_by_hint() -> Iterator[None]:
+    """Where symbolic sizes count as equal if they were when the graph was traced: to say what is nearly something."""
+    token = _BY_HINT.set(True)
+    try:
+        yield
+    finally:
+        _BY_HINT.reset(token)
+
+
+def by_hint() -> bool:
+    """Whether this is within :func:`taken_by_hint`."""
+    return _BY_HINT.get()
+
+
 def same_size(a: Any, b: Any) -> bool:
     """Whether two sizes are known to be equal, without a guard on symbolic ones."""
     if isinstance(a, int) and isinstance(b, int):
         return a == b
+    if by_hint():
+        return hint(a) == hint(b)
     from torch.fx.experimental.symbolic_shapes import statically_known_true
 
     return bool(statically_known_true(a == b))

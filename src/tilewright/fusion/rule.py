@@ -9,7 +9,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tilewright.errors import TilewrightError
-from tilewright.fusion.graph import value
+from tilewright.fusion.graph import hint, value
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -106,14 +106,6 @@ def size_in_bytes(node: Node) -> int:
     for size in held.shape:
         total *= hint(size)
     return int(total)
-
-
-def hint(size: Any) -> int:
-    """A size; of a symbolic one the value it had when the graph was traced, 1 where it had none."""
-    if isinstance(size, int):
-        return size
-    found = size.node.hint
-    return 1 if found is None else int(found)
 
 
 def unserved(proposal: Proposal) -> str:

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from tilewright.fusion.graph import needed, value
-from tilewright.fusion.rule import hint
+from tilewright.fusion.graph import hint, needed, value
 from tilewright.numerics import EQUAL_CODES, compare_codes
 
 if TYPE_CHECKING:

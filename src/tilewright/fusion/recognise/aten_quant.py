@@ -318,7 +318,7 @@ def _rows(source: Node) -> _Rows:
                 behind = behind.all_input_nodes[0]
             return _Rows(behind, size, frozenset(path))
         else:
-            raise _Differs("the size of the groups is symbolic: mark the last dimension as static")
+            raise _Differs("the last dimension is symbolic: torch._dynamo.mark_static(x, -1) makes it a number")
         node = behind
         path.append(node)
     return whole
