@@ -27,6 +27,8 @@ class Found:
         nodes: every node that exists to compute this, outputs included.
         alone: the same without what it carries along, such as a rotation without the features that are not rotated;
             None if it carries nothing.
+        differs: names of what the graph's own operator is known to do otherwise than ``options`` say; whatever takes
+            its place has these differences, which ``numerics="relaxed"`` alone allows.
     """
 
     kind: str
@@ -36,6 +38,7 @@ class Found:
     outputs: Mapping[str, Node]
     nodes: frozenset[Node]
     alone: Found | None = None
+    differs: tuple[str, ...] = ()
 
     def tensor(self, name: str) -> Node:
         """An input that is there."""

@@ -107,7 +107,7 @@ def _asked(
         if rule.name in disabled:
             continue
         try:
-            said = list(rule.propose(graph, index))
+            said = [_with_differences(each, index) for each in rule.propose(graph, index)]
             ranked = [(each.saved, each) for each in said if isinstance(each, Proposal)]
         except Exception as error:  # whatever it is, the graph is as good as before
             decided.append(_failed(rule, graph, error))
@@ -119,6 +119,14 @@ def _asked(
         proposals += ((saved, rule, each) for saved, each in ranked)
     proposals.sort(key=lambda ranked: ranked[0], reverse=True)
     return [(rule, proposal) for _, rule, proposal in proposals], refused
+
+
+def _with_differences(said: Proposal | Refusal, index: Index) -> Proposal | Refusal:
+    """A proposal that also names how the options of what it replaces are not quite what the graph has."""
+    if isinstance(said, Refusal):
+        return said
+    names = {name: None for found in index.found if found.nodes & said.claims for name in found.differs}
+    return replace(said, differences=tuple({**dict.fromkeys(said.differences), **names})) if names else said
 
 
 def _apply(

@@ -1,4 +1,14 @@
-"""Hyper-connections under vLLM's names and argument orders, as functions and as operators.
+"""For vLLM: graph fusion of its operators, and hyper-connections under its names and argument orders.
+
+:func:`register_fusion` tells graph fusion what vLLM's own operators mean, and :func:`fusion_pass` makes a pass that
+vLLM takes::
+
+    from tilewright.integrations import vllm
+
+    vllm.register_fusion()
+    model = torch.compile(model, options=tilewright.fusion.options())  # or tilewright.compile(model)
+
+The rest are hyper-connections, as functions and as operators.
 
 vLLM calls these operations ``torch.ops.vllm.mhc_pre_tilelang`` and the like. :func:`register` adds operators with the
 same arguments, defaults and results beside them, so that an engine switches by name::
@@ -35,6 +45,8 @@ from tilewright.ops.mhc.call import MAX_STREAMS
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from tilewright.fusion.api import Numerics
 
     Three = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
     Four = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
@@ -459,3 +471,58 @@ def _no_gradient(operator: Any) -> Callable[..., Any]:
             return operator(*args)
 
     return run
+
+
+def register_fusion() -> None:
+    """Tell graph fusion what vLLM's own operators mean; a second time, nothing happens.
+
+    From then on rules see ``torch.ops.vllm_ir.*``, ``torch.ops._C.*`` inside ``auto_functionalized`` of either kind,
+    and those of ``torch.ops.vllm.*`` that quantise or normalise: norms alone and of a sum, gated SiLU, and quantisation
+    to FP8 by a given scale, per token and in groups. What a call does that no public function does is in the report, as
+    a refusal with its reason. Nothing is imported from vLLM, which need not be installed.
+
+    ``tilewright.fusion.remove_adapter("vllm")`` takes it back.
+
+    Raises:
+        ArgumentError: there is another adapter called "vllm".
+
+    Example:
+        >>> import tilewright.fusion
+        >>> from tilewright.integrations import vllm
+        >>> vllm.register_fusion()
+        >>> tilewright.fusion.remove_adapter("vllm")
+    """
+    from tilewright.integrations.vllm_fusion.register import register
+
+    register()
+
+
+def fusion_pass(*, verify: bool = False, numerics: Numerics = "strict") -> Any:
+    """Graph fusion as a pass for vLLM's own compilation, with :func:`register_fusion` done.
+
+    vLLM wants an ``InductorPass`` of its own in ``inductor_compile_config["post_grad_custom_post_pass"]`` and runs it
+    behind its own passes, before it lowers ``vllm_ir`` (``vllm/compilation/backends.py``, ``configure_post_pass``;
+    ``vllm/compilation/passes/pass_manager.py``)::
+
+        from tilewright.integrations.vllm import fusion_pass
+
+        config = {"inductor_compile_config": {"post_grad_custom_post_pass": fusion_pass()}}
+        config["pass_config"] = {"fuse_norm_quant": False, "fuse_act_quant": False}  # which would come first
+        llm = vllm.LLM(model, compilation_config=config)
+
+    Where vLLM compiles in another process the pass is made anew there, and its report is there as well.
+
+    Args:
+        verify: as in :func:`tilewright.compile`.
+        numerics: as in :func:`tilewright.compile`.
+
+    Returns:
+        The pass; ``tilewright.fusion.report_of({"post_grad_custom_post_pass": it})`` is its report.
+
+    Raises:
+        ArgumentError: an option that is not known.
+        MissingDependencyError: vLLM's ``InductorPass`` cannot be imported.
+    """
+    from tilewright.integrations.vllm_fusion.register import fusion_pass as make
+
+    return make(verify=verify, numerics=numerics)

@@ -1,0 +1,1 @@
+"""Graph fusion of vLLM's operators; :mod:`tilewright.integrations.vllm` has its public functions."""
