@@ -81,10 +81,10 @@ def c_group(x, group=128, layout="row", ue8m0=False, eps=1e-10):
     elif layout == "column":
         scales = torch.empty((groups, rows)).permute(-1, -2)
     else:
-        scales = torch.empty_strided((rows, groups), (1, (rows + 3) // 4 * 4))
+        scales = torch.empty_strided((rows, groups), (1, ALIGNED[layout](rows)))
     values = torch.empty(x.shape, dtype=FP8)
     torch.ops._C.per_token_group_fp8_quant(
-        x, values, scales, group, eps, -MAX, MAX, ue8m0, layout != "row", layout == "tma_aligned"
+        x, values, scales, group, eps, -MAX, MAX, ue8m0, layout != "row", layout in ALIGNED
     )
     return values, scales
 
@@ -129,7 +129,7 @@ CONSUMERS = {
     "_C, groups of 64": lambda y: c_group(y, 64),
     "_C, another eps": lambda y: c_group(y, eps=2.0),
     "_C, by columns": lambda y: c_group(y, layout="column"),
-    "_C, aligned": lambda y: c_group(y, layout="tma_aligned"),
+    "_C, aligned": lambda y: c_group(y, layout="up"),
     "_C, powers of two": lambda y: c_group(y, ue8m0=True),
     "_C, packed": c_packed,
     "_C, per token": c_token,
@@ -189,6 +189,42 @@ def test_a_sum_its_norm_and_quantisations(quant, own, last, dynamic, functionali
 def test_gated_silu(silu, quant, functionalized):
     report = fused(lambda x: quant(silu(x).view(-1, N)), tensors(2, 3, n=2 * N)[0])
     assert report.counts == {"silu_mul_quant": 1}, report
+
+
+ALIGNED = {
+    "up": lambda rows: (rows + 3) // 4 * 4,
+    "down": lambda rows: -(-rows // 4) * 4,
+    "by less than nothing": lambda rows: -(rows // -4) * 4,
+}
+
+
+@pytest.mark.parametrize("layout", ["row", "column", "packed", *ALIGNED])
+def test_any_number_of_rows(layout, functionalized):
+    """As vLLM compiles: tokens symbolic, the hidden size not; columns are padded however that is written."""
+    quant = {"packed": c_packed}.get(layout, lambda y: c_group(y, layout=layout))
+
+    def run(x, w):
+        return quant(c_norm(x, w))
+
+    with torch.no_grad():
+        compiled = tilewright.compile(run, fullgraph=True, verify=True)
+        for rows in (6, 9):
+            x, _, w = tensors(rows)
+            torch._dynamo.mark_dynamic(x, 0)
+            same(compiled(x, w), run(x, w))
+    report = compiled.fusion_report
+    assert len(report.graphs) == 1
+    assert report.counts == {"rms_norm_quant": 1}, report
+
+
+@pytest.mark.parametrize("shape", [(1, N), (1, 128), (M, 128)], ids=str)
+def test_edge_shapes(shape, functionalized):
+    def run(x, w):
+        y = c_norm(x, w)
+        return c_group(y), c_group(y, 32, "column"), c_token(y), c_packed(c_norm(x * 2, w)), c_group(x * 3, layout="up")
+
+    report = fused(run, *tensors(*shape[:1], n=shape[1])[::2])
+    assert report.counts == {"rms_norm_quant": 2}, report
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (1, 1)], ids=str)
@@ -363,6 +399,32 @@ def test_parts_of_one_tensor(functionalized):
     assert why in only(report, "refused").reason
 
 
+def test_memory_that_is_used_again(functionalized):
+    """A buffer for one result after another: each has its own values."""
+
+    def run(x, w):
+        buffer = torch.empty_like(x)
+        first = c_norm_into(buffer, x, w)
+        one = (*c_group(first), first + 1)
+        second = c_norm_into(buffer, x * 3, w)
+        return *one, *c_group(second), second
+
+    report = fused(run, *tensors(M)[::2])
+    assert report.counts == {"rms_norm_quant": 2}, report
+
+
+def test_a_graph_that_is_not_functional():
+    graph = torch.fx.Graph()
+    given = [graph.placeholder(name) for name in ("result", "input", "weight")]
+    graph.call_function(torch.ops._C.rms_norm.default, (*given, EPS))
+    found, (miss,) = operators.recognise(graph)
+    assert not found
+    assert (miss.kind, miss.reason) == (
+        "rms_norm",
+        "it writes into its arguments, and the graph is not functional",
+    )
+
+
 # What is refused.
 
 MISSES = {
@@ -454,6 +516,13 @@ def test_named_differences(name):
     expected, expected_scales = run(x, w)
     assert not tilewright.numerics.compare_codes(values, expected)
     torch.testing.assert_close(scales, expected_scales, rtol=torch.finfo(torch.float32).eps, atol=0.0)
+
+
+def test_rows_of_any_size_are_no_groups_of_one():
+    report = fused(lambda x, w: c_group(ir_norm(x, w)), *tensors(M)[::2], dynamic=True)
+    assert only(report, "refused").reason == (
+        "not quite: the size of input's rows is symbolic: mark the last dimension as static"
+    )
 
 
 def test_a_float32_weight_is_multiplied_before_rounding():

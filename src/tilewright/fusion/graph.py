@@ -110,7 +110,22 @@ def same_size(a: Any, b: Any) -> bool:
         return hint(a) == hint(b)
     from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-    return bool(statically_known_true(a == b))
+    return bool(statically_known_true(a == b)) or _same_quotients(a, b)
+
+
+def _same_quotients(a: Any, b: Any) -> bool:
+    """Whether two sizes are the same but for how they round quotients up: ``(n + 3) // 4``, ``-(-n // 4)``."""
+    from torch.utils._sympy.functions import FloorDiv
+
+    if isinstance(a, int) or isinstance(b, int) or not (a.node.expr.has(FloorDiv) and b.node.expr.has(FloorDiv)):
+        return False
+
+    def rounded_down(x: Any, by: Any) -> Any:
+        x, by = (-x, -by) if by.is_negative else (x, by)
+        return -FloorDiv(by - 1 - x, by) if x.could_extract_minus_sign() else FloorDiv(x, by)
+
+    one, other = (size.node.expr.replace(FloorDiv, rounded_down) for size in (a, b))
+    return bool(one == other)
 
 
 def wanted(node: Node, cut: Collection[Node], inner: Collection[Node]) -> bool:

@@ -36,7 +36,9 @@ def _quant(
         return None
     if form.dtype not in DTYPES.values():
         raise Unlike(f"the values are {form.dtype}; expected one of {', '.join(map(str, DTYPES.values()))}")
-    activation(call, x)
+    size = activation(call, x).shape[-1]
+    if form.group_size is not None and scale is None and not isinstance(size, int):
+        raise Unlike(f"the size of {x}'s rows is symbolic: mark the last dimension as static")
     try:
         form = checked(form, torch.device("cpu"), "quant_fp8")
     except TilewrightError as error:
@@ -97,7 +99,7 @@ def ir_group(call: OperatorCall) -> Found | None:
     form = QuantFormat(
         shape[-1],
         "ue8m0_fp32" if powers else "fp32",
-        _layout(scales, aligned=call.given["scale_alignment"] != 1),
+        _layout(scales),
         call.given["fp8_dtype"],
         "vllm_native",
     )
@@ -153,7 +155,7 @@ def c_group(call: OperatorCall) -> Found | None:
     form = QuantFormat(
         call.given["group_size"],
         "ue8m0_fp32" if call.given["scale_ue8m0"] else "fp32",
-        _layout(outputs["scales"], aligned=bool(call.given.get("dummy_is_tma_aligned"))),
+        _layout(outputs["scales"]),
         dtype,
         _group_policy(call, dtype),
     )
@@ -180,11 +182,11 @@ def by_group(policy: QuantPolicy | str, *differs: str) -> Callable[[OperatorCall
     return read
 
 
-def _layout(scales: Node | None, *, aligned: bool) -> str:
-    """How scales lie in memory, by their strides; whether columns are padded shows only where they need it."""
+def _layout(scales: Node | None) -> str:
+    """How scales lie in memory, by their strides: also those of a size of one, which other kernels may look at."""
     if scales is None or value(scales).dim() < 2:
         return "row"
-    strides = value(scales).stride()
-    if same_size(strides[-1], 1) or not same_size(strides[-2], 1):
+    (rows, groups), strides = value(scales).shape[-2:], value(scales).stride()
+    if not same_size(strides[-2], 1) or (same_size(groups, 1) and same_size(strides[-1], 1)):
         return "row"
-    return "tma_aligned" if aligned or not same_size(strides[-1], value(scales).shape[-2]) else "column"
+    return "column" if same_size(strides[-1], rows) else "tma_aligned"
