@@ -54,7 +54,7 @@ def found(
     held = {role: node for role, node in outputs.items() if node is not None}
     between = frozenset().union(*(written.nodes for written in call.written.values()))
     nodes = between.union({call.node}, held.values())
-    return Found(kind, "vllm", inputs, options, held, nodes, differs)
+    return Found(kind, "vllm", inputs, options, held, nodes, differs=differs)
 
 
 def fake(node: Any, name: str) -> torch.Tensor:
