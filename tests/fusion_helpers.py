@@ -4,6 +4,23 @@ import pytest
 import torch
 
 import tilewright
+from tilewright.testing import targets as devices
+
+ON_GPU = [pytest.param(t.device, id=str(t.device), marks=pytest.mark.gpu) for t in devices() if t.on_gpu][:1]
+
+
+@pytest.fixture(params=[pytest.param(torch.device("cpu"), id="cpu"), *ON_GPU])
+def each_device(request):
+    """Tensors are made on the CPU, and for ``-m gpu`` on the GPU."""
+    if request.param.type != "cpu":
+        torch.set_default_device(request.param)
+    yield
+    torch.set_default_device(None)
+
+
+def seeded(seed):
+    """A generator where tensors are made."""
+    return torch.Generator(torch.get_default_device()).manual_seed(seed)
 
 
 @pytest.fixture(autouse=True)

@@ -11,20 +11,18 @@ import torch
 
 import tilewright
 from bench_helpers import CACHE, EFFORT
-from fusion_helpers import fresh, targets  # noqa: F401 - a fixture among them
+from fusion_helpers import ON_GPU, fresh, targets  # noqa: F401 - a fixture among them
 from tilewright import cli, numerics
 from tilewright.bench import fp8_linear, fusion, records, timing
 from tilewright.bench.decoder_layer import DecoderLayer, ExactParts, Parts, PlainParts, Sizes, layer_inputs
 from tilewright.bench.fp8_linear_kernels import launch_of
 from tilewright.errors import BenchmarkError
-from tilewright.testing import targets as devices
 
 SIZES = Sizes(
     hidden=256, q_rank=256, kv_rank=128, heads=2, nope=64, rotated=32, value=64, index_heads=2, index=128, ffn=128
 )
 TINY = fusion.Layer("tiny", SIZES, 3, 0.05)
 CPU = torch.device("cpu")
-ON_GPU = [pytest.param(t.device, id=str(t), marks=pytest.mark.gpu) for t in devices() if t.on_gpu][:1]
 
 
 @pytest.fixture

@@ -8,18 +8,21 @@ import pytest
 import torch
 
 import tilewright
-from fusion_helpers import clones, fresh, fused, only, same, targets  # noqa: F401 - a fixture among them
+from fusion_helpers import clones, each_device, fresh, fused, only, same, seeded, targets  # noqa: F401 - fixtures among them
 from tilewright.errors import ArgumentError, FusionError
 from tilewright.fusion import RULES, FusionWarning, add_adapter, options, remove_adapter, report_of
 from tilewright.fusion.rule import Refusal
 
-pytestmark = pytest.mark.filterwarnings("ignore::tilewright.fusion.FusionWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::tilewright.fusion.FusionWarning"),
+    pytest.mark.usefixtures("each_device"),
+]
 
 M, N = 6, 256
 
 
 def tensors(*shape, n=N):
-    generator = torch.Generator().manual_seed(0)
+    generator = seeded(0)
     x = torch.randn(*shape, n, generator=generator).bfloat16()
     return x, torch.rand(n, generator=generator).bfloat16() + 0.5
 
@@ -220,7 +223,7 @@ def test_a_chain_of_layers():
 
 
 def rope_inputs():
-    generator = torch.Generator().manual_seed(1)
+    generator = seeded(1)
     q, k = (torch.randn(2, 16, heads, 64, generator=generator).bfloat16() for heads in (4, 2))
     angles = torch.randn(16, 32, generator=generator)
     return q, k, angles.cos(), angles.sin()
@@ -276,7 +279,7 @@ def test_norms_of_heads_before_their_rotation(how):
 
 
 def mhc_inputs():
-    generator = torch.Generator().manual_seed(2)
+    generator = seeded(2)
     randn = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
     weights = randn(24, 4 * 128) * 0.05, torch.tensor([1.0, 0.7, 0.9]), randn(24) * 0.5
     return randn(5, 128).bfloat16(), randn(5, 4, 128).bfloat16(), *weights, torch.rand(128).bfloat16()

@@ -5,12 +5,15 @@ import torch
 import torch.nn.functional as F
 
 import tilewright
-from fusion_helpers import flat, fresh, only, same, targets  # noqa: F401 - a fixture among them
+from fusion_helpers import each_device, flat, fresh, only, same, seeded, targets  # noqa: F401 - fixtures among them
 from tilewright import numerics
 from tilewright.fusion import Found, add_adapter, remove_adapter
 from tilewright.fusion.graph import arguments, result
 
-pytestmark = pytest.mark.filterwarnings("ignore::tilewright.fusion.FusionWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::tilewright.fusion.FusionWarning"),
+    pytest.mark.usefixtures("each_device"),
+]
 
 WIDTH, RANK, HEADS, DIM = 256, 128, 2, 64
 
@@ -69,7 +72,7 @@ class SparseAttention(torch.nn.Module):
 
 
 def layer_inputs(dynamic):
-    generator = torch.Generator().manual_seed(3)
+    generator = seeded(3)
     x, residual = (torch.randn(2, 3, WIDTH, generator=generator).bfloat16() for _ in range(2))
     if dynamic:
         for tensor in (x, residual):
@@ -158,7 +161,7 @@ def complex_numbers(q, k, turns):
 
 
 def rope_inputs(form, dtype, batch, length=16, dim=64):
-    generator = torch.Generator().manual_seed(4)
+    generator = seeded(4)
     q, k = (torch.randn(batch, length, heads, dim, generator=generator).to(dtype) for heads in (4, 2))
     angles = torch.randn(batch, length, dim, generator=generator)
     if form is complex_numbers:
@@ -186,7 +189,7 @@ def test_tables_of_models(layout, table, batch, length):
         "of one sequence": (1, 1, length, 64),
         "angle of a sequence": (batch, 1, 1, 64),
     }[table]
-    generator = torch.Generator().manual_seed(5)
+    generator = seeded(5)
     q, k = (torch.randn(batch, n, length, 64, generator=generator).permute(order) for n in (4, 2))
     cos, sin = (torch.randn(shape, generator=generator).permute(order) for _ in range(2))
     if table == "shared" and layout == "bhsd":
