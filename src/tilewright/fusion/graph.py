@@ -122,7 +122,8 @@ def _same_quotients(a: Any, b: Any) -> bool:
 
     def rounded_down(x: Any, by: Any) -> Any:
         x, by = (-x, -by) if by.is_negative else (x, by)
-        return -FloorDiv(by - 1 - x, by) if x.could_extract_minus_sign() else FloorDiv(x, by)
+        negative = by.is_Integer and x.could_extract_minus_sign()
+        return -FloorDiv(by - 1 - x, by) if negative else FloorDiv(x, by)
 
     one, other = (size.node.expr.replace(FloorDiv, rounded_down) for size in (a, b))
     return bool(one == other)
