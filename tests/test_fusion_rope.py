@@ -80,6 +80,23 @@ def test_one_head_beside_many(layout, batch, length, heads):
             assert counts_of(halves, q, k, cos[0, 0], sin[0, 0]) == {"rope_qk": 1}
 
 
+@pytest.mark.parametrize("how", ["dtype", "batch"])
+@pytest.mark.parametrize("form", ["own", "plain"])
+def test_tensors_that_one_call_does_not_take(form, how):
+    """They stay two, and do not keep the others from being a pair."""
+
+    def run(first, q, k, cos, sin):
+        if form == "own":
+            return [tilewright.rope(x, cos, sin, layout="bhsd") for x in (first, q, k)]
+        cos, sin = (torch.cat((table, table), -1) for table in (cos, sin))
+        return [(x.float() * cos + rotate_half(x.float()) * sin).to(x.dtype) for x in (first, q, k)]
+
+    q, k = (torch.randn(2, n, 3, DIM) for n in (4, 2))
+    first = q.bfloat16() if how == "dtype" else torch.randn(5, 4, 3, DIM)
+    angles = torch.randn(3, DIM // 2)
+    assert counts_of(run, first, q, k, angles.cos(), angles.sin()) == {"rope_qk": 1}
+
+
 SPLITS = {
     "view": lambda x, heads: x.view(*x.shape[:-1], heads, DIM),
     "unflatten": lambda x, heads: x.unflatten(-1, (heads, DIM)),

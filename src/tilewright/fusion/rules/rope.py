@@ -82,7 +82,8 @@ def pairs(index: Index, rotations: Iterable[Found], left: dict[Any, Found]) -> I
     """Every two rotations that one call can make, in their order; those without a partner are in ``left`` then."""
     for found in rotations:
         options = {name: given for name, given in found.options.items() if name not in _ONE_AT_A_TIME}
-        key = tuple(index.held(found, name) for name in _TABLE), str(sorted(options.items(), key=str))
+        table = tuple(index.held(found, name) for name in _TABLE)
+        key = table, _alike(found), str(sorted(options.items(), key=str))
         first = left.pop(key, None)
         if first is None:
             left[key] = found
@@ -91,6 +92,13 @@ def pairs(index: Index, rotations: Iterable[Found], left: dict[Any, Found]) -> I
             left[key] = found
         else:
             yield first, found
+
+
+def _alike(found: Found) -> tuple[Any, ...]:
+    """What two tensors of one call have in common: all but the number of heads."""
+    x = value(found.tensor("x"))
+    heads = found.options["layout"].find("h")
+    return x.dtype, x.device, *(str(size) for dim, size in enumerate(x.shape) if dim != heads)
 
 
 def is_copied(found: Found) -> bool:
