@@ -176,18 +176,40 @@ def selected(table, positions, n):
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_tables_that_are_equal(take, form, heads, dynamic):
     """Each of the two takes its rows of the model's table by itself."""
-    q, k = torch.randn(2, 3, 4, DIM), torch.randn(2, 3, heads, DIM)
+    both = torch.randn(2, 3, 4 + heads, DIM)
     positions = torch.randint(0, 6, (2, 3))
     tables = torch.randn(2, 7, DIM // 2 if form is own else DIM)
 
-    def run(q, k, cos, sin, positions):
+    def run(both, cos, sin, positions):
+        q, k = both.split([4, heads], 2)
         n = q.shape[1]
         pairs = [[take(table, positions, n) for table in (cos, sin)] for _ in range(2)]
         if form is own:
             pairs = [[table.reshape(-1, DIM // 2)[:n] for table in pair] for pair in pairs]
         return form(q, k, *pairs)
 
-    assert counts_of(run, q, k, *tables, positions, dynamic=dynamic) == {"rope_qk": 1}
+    assert counts_of(run, both, *tables, positions, dynamic=dynamic) == {"rope_qk": 1}
+
+
+@pytest.mark.parametrize("equal", [False, True])
+def test_batches_that_may_differ_stay_two(equal):
+    """Equal sizes at the time of compiling are no proof."""
+
+    def run(q, k, cos, sin):
+        if equal:
+            torch._check(q.shape[0] == k.shape[0])
+        return tilewright.rope(q, cos, sin), tilewright.rope(k, cos, sin)
+
+    given = torch.randn(2, 3, 4, DIM), torch.randn(2, 3, 2, DIM), *torch.randn(2, 3, DIM // 2)
+    for tensor in given[:2]:
+        torch._dynamo.mark_dynamic(tensor, 0)
+    compiled = tilewright.compile(run)
+    results = compiled(*given)
+    assert compiled.fusion_report.counts == ({"rope_qk": 1} if equal else {})
+    torch.testing.assert_close(results, run(*given))
+    if not equal:
+        more = given[0], torch.randn(5, 3, 2, DIM), *given[2:]
+        torch.testing.assert_close(compiled(*more), run(*more))
 
 
 DIFFERENT = {
