@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+from itertools import islice
 from typing import TYPE_CHECKING
 
 import torch
 
 from tilewright.fusion.forms import symbolic_number
 from tilewright.fusion.found import NearMiss
-from tilewright.fusion.graph import taken_by_hint, value
+from tilewright.fusion.graph import needed, taken_by_hint, value
 from tilewright.fusion.recognise.aten_activation import recognise_activations
 from tilewright.fusion.recognise.aten_norm import recognise_norms
 from tilewright.fusion.recognise.aten_quant import recognise_quantisations
 from tilewright.fusion.recognise.aten_rope import recognise_rotations
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Collection, Sequence
 
     from torch.fx import Graph, Node
 
     from tilewright.fusion.found import Found
+
+
+_NEAR = 32
+"""How many nodes in front of a near miss are taken for its own."""
 
 
 def recognise(graph: Graph) -> tuple[list[Found], list[NearMiss]]:
@@ -61,15 +66,20 @@ def _undecided(graph: Graph, found: Sequence[Found], misses: Sequence[NearMiss])
         near, nearly = _all(graph)
     told = {node for each in found for node in each.nodes} | {miss.node for miss in misses}
     kinds = {each.outputs["y" if "y" in each.outputs else "values"]: (each.kind, each.nodes) for each in near}
-    kinds |= {miss.node: (miss.kind, frozenset([miss.node, *miss.node.all_input_nodes])) for miss in nearly}
+    kinds |= {miss.node: (miss.kind, frozenset(islice(needed([miss.node]), _NEAR))) for miss in nearly}
     undecided = []
     for node, (kind, nodes) in kinds.items():
         if kind == "add" or node in told:
             continue
-        sizes = sorted(filter(None, map(_columns, nodes)), key=len)
-        if sizes:
-            why = f"the last dimension is symbolic ({sizes[0]}): torch._dynamo.mark_static(x, -1) makes it a number"
-        else:
-            why = "a Python number in it is symbolic: torch._dynamo.config.specialize_float makes it a constant"
-        undecided.append(NearMiss(kind, node, f"{why}, and so does compiling without dynamic=True"))
+        undecided.append(NearMiss(kind, node, f"{_why(nodes)}, and so does compiling without dynamic=True"))
     return undecided
+
+
+def _why(nodes: Collection[Node]) -> str:
+    """What is symbolic in some nodes, and what makes it a number."""
+    sizes = sorted(filter(None, map(_columns, nodes)), key=len)
+    if sizes:
+        return f"the last dimension is symbolic ({sizes[0]}): torch._dynamo.mark_static(x, -1) makes it a number"
+    if any(symbolic_number(given) for node in nodes for given in node.all_input_nodes):
+        return "a Python number in it is symbolic: torch._dynamo.config.specialize_float makes it a constant"
+    return "symbolic sizes are not known to be equal: torch._dynamo.mark_static makes them numbers"
