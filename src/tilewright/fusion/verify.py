@@ -15,15 +15,16 @@ if TYPE_CHECKING:
 
     from torch.fx import Graph, Node
 
-_ROUNDINGS = 2
+_ROUNDINGS = {torch.float32: 4}  # a mean in another order, its root, two products and a division make almost three
+_OTHER_ROUNDINGS = 2
 _FP8 = (torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2)
 
 
 def disagreement(graph: Graph, built: Mapping[Node, Node], *, differs: bool = False) -> str:
     """Why a replacement's results are not those of what it replaces; empty if they are.
 
-    Sums may have another order and functions other last digits: numbers within two roundings of each other count as
-    equal. What has been rounded in between may have fallen on the other side: at least
+    Sums may have another order and functions other last digits: numbers within two roundings of each other, in
+    float32 within four, count as equal. What has been rounded in between may have fallen on the other side: at least
     :data:`tilewright.numerics.EQUAL_CODES` of a result's must be equal, the others one bfloat16 rounding apart.
 
     Args:
@@ -90,7 +91,8 @@ def _compare(got: torch.Tensor, wanted: torch.Tensor, *, differs: bool) -> str:
         return "" if torch.equal(got, wanted) else f"{int((got != wanted).sum())} of {got.numel()} numbers"
     a, b = got.double(), wanted.double()
     size = b.abs().nan_to_num(posinf=0.0).max() if differs else b.abs()
-    near = (a - b).abs() <= _ROUNDINGS * torch.finfo(got.dtype).eps * size
+    roundings = _ROUNDINGS.get(got.dtype, _OTHER_ROUNDINGS)
+    near = (a - b).abs() <= roundings * torch.finfo(got.dtype).eps * size
     off = ~((a == b) | near | (a.isnan() & b.isnan()))
     if int(off.sum()) > (1 - EQUAL_CODES) * off.numel():
         return f"{int(off.sum())} of {off.numel()} numbers"
