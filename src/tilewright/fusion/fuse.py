@@ -11,7 +11,6 @@ import operator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from torch._inductor.pattern_matcher import stable_topological_sort
 from torch._ops import OpOverload
 from torch.fx import Node
 
@@ -19,10 +18,12 @@ from tilewright.fusion.expressions import writes
 from tilewright.fusion.graph import (
     CannotBuild,
     Editor,
+    Order,
     aten,
-    depends,
+    drop_unused,
     finish,
     hint,
+    in_order,
     is_call,
     same_shape,
     same_size,
@@ -68,7 +69,7 @@ def fuse(graph: Graph, rules: Sequence[Rule], policy: Policy, role: Role = "unkn
         policy: what they may do.
         role: of the graph, for the report.
     """
-    graph.eliminate_dead_code()
+    drop_unused(graph)
     before = _lines(graph)
     decided: list[Decision] = []
     refused: dict[tuple[str, str], Decision] = {}
@@ -140,7 +141,7 @@ def _apply(
     """Make the best of the proposals; whether another round may make more."""
     taken: dict[Node, str] = {}
     moved: dict[Node, Node] = {}
-    regions = _regions(graph)
+    regions, order = _regions(graph), Order(graph)
     waits = False
     for rule, proposal in proposals:
         if rule.name in disabled:
@@ -153,7 +154,7 @@ def _apply(
             continue
         try:
             why = _not_allowed(rule, proposal, policy, regions)
-            outcome = _refused(rule, start, why) if why else _make(graph, rule, proposal, policy, moved)
+            outcome = _refused(rule, start, why) if why else _make(graph, rule, proposal, policy, moved, order)
         except Exception as error:  # likewise; what was added is dead
             decided.append(_failed(rule, graph, error, start))
             disabled.add(rule.name)
@@ -192,7 +193,9 @@ def _not_allowed(rule: Rule, proposal: Proposal, policy: Policy, regions: Mappin
     return unserved(proposal)
 
 
-def _make(graph: Graph, rule: Rule, proposal: Proposal, policy: Policy, moved: dict[Node, Node]) -> Decision:
+def _make(
+    graph: Graph, rule: Rule, proposal: Proposal, policy: Policy, moved: dict[Node, Node], order: Order
+) -> Decision:
     """Put the new operation in, unless its results are not quite what is there now."""
     first = min(proposal.claims, key=lambda node: node._sort_key)
     editor = Editor(graph, proposal.node, first, moved)
@@ -206,7 +209,7 @@ def _make(graph: Graph, rule: Rule, proposal: Proposal, policy: Policy, moved: d
         )
     added = tuple(node.name for node in editor.added)
     why = next(filter(None, (_unlike(old, new) for old, new in built.items())), "")
-    if not why and any(depends(new, built) for new in built.values()):
+    if not why and any(order.depends(new, built) for new in built.values()):
         why = "another fusion has made an input of it depend on its results"
     verified = None
     if not why and policy.verify:
@@ -219,8 +222,9 @@ def _make(graph: Graph, rule: Rule, proposal: Proposal, policy: Policy, moved: d
     replaced = tuple(sorted({node.name for node in proposal.claims}))
     source = where(proposal.node)
     _exchange(editor, built, moved)
+    order.replaced(proposal.claims, editor.added)
     if policy.verify:  # which runs nodes in their order
-        stable_topological_sort(graph)
+        in_order(graph)
     return Decision(
         rule.name, proposal.node.name, "fused", proposal.done, source, replaced, added,
         proposal.kernels, proposal.bytes_moved, proposal.differences, verified,

@@ -6,6 +6,7 @@ import operator
 import re
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
+from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,8 @@ from torch.fx import Node
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+
+    from torch.fx import Graph
 
 aten, prims = torch.ops.aten, torch.ops.prims
 
@@ -150,21 +153,53 @@ def same_shape(a: Sequence[Any], b: Sequence[Any]) -> bool:
     return len(a) == len(b) and all(map(same_size, a, b))
 
 
-def needed(nodes: Iterable[Node]) -> Iterator[Node]:
-    """Some nodes and all that they are computed from, each once."""
+def needed(nodes: Iterable[Node], within: Callable[[Node], bool] = lambda node: True) -> Iterator[Node]:
+    """Some nodes and all that they are computed from, each once, except what is not ``within`` and what that needs."""
     seen: set[Node] = set()
     waiting = list(nodes)
     while waiting:
         node = waiting.pop()
-        if node not in seen:
+        if node not in seen and within(node):
             seen.add(node)
             yield node
             waiting.extend(node.all_input_nodes)
 
 
-def depends(node: Node, on: Iterable[Node]) -> bool:
-    """Whether a node needs one of some others."""
-    return not set(on).isdisjoint(needed([node]))
+def depends(node: Node, on: Collection[Node]) -> bool:
+    """Whether a node needs one of some others, in a graph whose nodes are in their order."""
+    if not on:
+        return False
+    first = min(each._sort_key for each in on)
+    return not set(on).isdisjoint(needed([node], lambda each: each._sort_key >= first))
+
+
+class Order:
+    """Who can need whom while a graph is changed, told by where nodes stood before.
+
+    A walk back from a node need not go on behind what stands in front of all that is looked for, unless a fusion has
+    tied that to something later: its results are needed from the first of the replaced nodes on, and need what is in
+    front of the last one.
+
+    Args:
+        graph: its nodes in their order.
+    """
+
+    def __init__(self, graph: Graph) -> None:
+        self._places: dict[Node, float] = {node: place for place, node in enumerate(graph.nodes)}
+        self._spans: list[tuple[float, float]] = []
+
+    def replaced(self, old: Collection[Node], new: Collection[Node]) -> None:
+        """Take note of a fusion."""
+        places = [self._places[node] for node in old]
+        self._spans.append((min(places), max(places)))
+        self._places |= dict.fromkeys(new, max(places))
+
+    def depends(self, node: Node, on: Collection[Node]) -> bool:
+        """Whether a node needs one of some others that stood in the graph; it may be new itself."""
+        first = min(self._places[each] for each in on)
+        while (tied := min((low for low, high in self._spans if high >= first), default=first)) < first:
+            first = tied
+        return not set(on).isdisjoint(needed([node], lambda each: self._places.get(each, inf) >= first))
 
 
 _NOT_THE_USERS = (str(Path(__file__).parents[1] / "ops"), str(Path(torch.__file__).parent))
@@ -269,9 +304,28 @@ class Editor:
 
 
 def finish(graph: torch.fx.Graph) -> None:
-    """Put nodes into an order in which they can run, drop those that nobody needs, and check the graph."""
+    """Put nodes into an order in which they can run, and drop those that nobody needs."""
+    in_order(graph)
+    drop_unused(graph)
+
+
+def in_order(graph: torch.fx.Graph) -> None:
+    """Put nodes into an order in which they can run, if they are not."""
     from torch._inductor.pattern_matcher import stable_topological_sort
 
-    stable_topological_sort(graph)
-    graph.eliminate_dead_code()
-    graph.lint()
+    if not all(needs < node for node in graph.nodes for needs in node.all_input_nodes):
+        stable_topological_sort(graph)
+
+
+def drop_unused(graph: torch.fx.Graph) -> None:
+    """Drop the nodes that nobody needs, and those that only they needed.
+
+    As ``Graph.eliminate_dead_code`` does, which asks every node of a graph whether it has side effects.
+    """
+    waiting = [node for node in graph.nodes if not node.users]
+    while waiting:
+        node = waiting.pop()
+        if not node.users and not node._erased and not node.is_impure():
+            inputs = node.all_input_nodes
+            graph.erase_node(node)
+            waiting += inputs

@@ -36,6 +36,7 @@ from tilewright.fusion.forms import (
     As,
     Call,
     Each,
+    Form,
     Half,
     Match,
     OneOf,
@@ -58,7 +59,7 @@ from tilewright.fusion.graph import value as fake_of
 from tilewright.fusion.recognise.aten_rope_pairs import PAIRS, ROUNDED, TERMS
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from torch.fx import Graph, Node
 
@@ -85,6 +86,7 @@ _PLAIN_PAIRS = Call(aten.view_as_complex.default, Viewed(Tensor("x")))
 _TURN = Call(MUL, OneOf(_PAIRS, _PLAIN_PAIRS), Tensor("freqs"), commutative=True)
 _COMPLEX = As("sum", Viewed(Call(aten.view_as_real.default, As("turned", _TURN))))
 _COMPLEX_ROOT = OneOf(As("cast", Rounded(_COMPLEX)), _COMPLEX)
+_SHOWN = (*CASTS, *VIEWS)
 
 
 def recognise_rotations(graph: Graph) -> tuple[list[Found], list[NearMiss]]:
@@ -94,22 +96,29 @@ def recognise_rotations(graph: Graph) -> tuple[list[Found], list[NearMiss]]:
     readings: dict[Found, list[tuple[str, bool]]] = {}
     inside: set[Node] = set()
     for node in reversed(graph.nodes):
-        if node in inside or not is_call(node, *CASTS, *ADD, *VIEWS, aten.cat.default):
+        form, judge = (None, None) if node in inside else _FORMS.get(_behind(node), (None, None))
+        if form is None or judge is None:
             continue
         reasons: list[tuple[str, Match]] = []
-        for form, judge in ((_HALVES, _judge_halves), (_COMPLEX_ROOT, _judge_complex), (PAIRS, _judge_pairs)):
-            for match in form.matches(node, Match()):  # x may be any of several views, or a cast
-                judged = judge(node, match)
-                if isinstance(judged, Found):
-                    found.append(_among_others(judged))
-                    readings[found[-1]] = _readings(*_turned(match))
-                    inside |= found[-1].nodes
-                    break
-                reasons += [] if judged is None else [(judged, match)]
+        for match in form.matches(node, Match()):  # x may be any of several views, or a cast
+            judged = judge(node, match)
+            if isinstance(judged, Found):
+                found.append(_among_others(judged))
+                readings[found[-1]] = _readings(*_turned(match))
+                inside |= found[-1].nodes
+                break
+            reasons += [] if judged is None else [(judged, match)]
         if reasons and node not in inside:
             misses.append(NearMiss("rope", node, reasons[0][0]))
             inside |= reasons[0][1].nodes
     return _read_alike(found, readings, Expressions(graph)), misses
+
+
+def _behind(node: Node) -> Any:
+    """The operator whose result a node shows or casts."""
+    while is_call(node, *_SHOWN):
+        node = node.args[0]  # type: ignore[assignment]
+    return node.target if node.op == "call_function" else None
 
 
 def _judge_halves(node: Node, match: Match) -> Found | str | None:
@@ -228,6 +237,14 @@ def _turned(match: Match) -> tuple[Node, Node]:
     if "freqs" in match.bindings:
         return match["turned"], match["freqs"]
     return match[next(name for name in ("halves", "others", "x") if name in match.bindings)], match["cos"]
+
+
+_FORMS: dict[Any, tuple[Form, Callable[[Node, Match], Found | str | None]]] = {
+    **dict.fromkeys(ADD, (_HALVES, _judge_halves)),
+    aten.view_as_real.default: (_COMPLEX_ROOT, _judge_complex),
+    aten.cat.default: (PAIRS, _judge_pairs),
+}
+"""What a rotation may be, by the operator whose result it is, seen through casts and views."""
 
 
 def _readings(x: Node, table: Node) -> list[tuple[str, bool]]:

@@ -1,0 +1,66 @@
+"""Looking at graphs: who needs whom, while fusions change them."""
+
+import random
+
+import pytest
+from torch.fx import Graph
+
+from tilewright.fusion.graph import Order, depends, needed
+
+
+def made(rng, n_nodes):
+    """A graph of calls of up to three earlier nodes, mostly near ones."""
+    graph = Graph()
+    nodes = [graph.placeholder("x")]
+    for _ in range(n_nodes):
+        near = nodes[-8:] if rng.random() < 0.9 else nodes
+        nodes.append(graph.call_function(max, tuple(rng.sample(near, min(len(near), rng.randint(1, 3))))))
+    return graph, nodes
+
+
+def needs(node, on):
+    """Without a shortcut."""
+    return not set(on).isdisjoint(needed([node]))
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_order_agrees_with_a_walk_of_everything(seed):
+    """Also after fusions that tie what stands early to what stands late."""
+    rng = random.Random(seed)
+    graph, nodes = made(rng, 60)
+    order, free, answers = Order(graph), set(nodes[1:]), []
+    for _ in range(40):
+        old = rng.sample(sorted(free, key=nodes.index), 2)
+        inputs = [each for node in old for each in node.all_input_nodes]
+        asked = [order.depends(each, old) for each in inputs]
+        assert asked == [needs(each, old) for each in inputs]
+        answers += asked
+        if any(asked):
+            continue  # it would wait for itself
+        with graph.inserting_before(min(old)):
+            new = graph.call_function(max, tuple(inputs))
+        for node in old:
+            node.replace_all_uses_with(new)
+        order.replaced(old, [new])
+        free -= set(old)
+        if len(free) < 2:
+            break
+    assert len(set(answers)) == 2, "both answers occur"
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_depends_agrees_with_a_walk_of_everything(seed):
+    rng = random.Random(seed)
+    _, nodes = made(rng, 40)
+    pairs = [(rng.choice(nodes), rng.sample(nodes, rng.randint(0, 2))) for _ in range(100)]
+    answers = [depends(node, on) for node, on in pairs]
+    assert answers == [needs(node, on) for node, on in pairs]
+    assert len(set(answers)) == 2
+
+
+def test_a_walk_that_ends_early():
+    _, nodes = made(random.Random(0), 30)
+    walked = []
+    within = lambda node: walked.append(node) or node in nodes[-5:]  # noqa: E731
+    assert set(needed([nodes[-1]], within)) <= set(nodes[-5:])
+    assert len(walked) < len(nodes)
