@@ -49,7 +49,7 @@ def _all(graph: Graph) -> tuple[list[Found], list[NearMiss]]:
 
 
 def _is_symbolic(graph: Graph) -> bool:
-    """Whether a number, or the last dimension of a tensor, varies from call to call; symbols are inputs of their own."""
+    """Whether a number, or the last dimension of a tensor, varies from call to call. Symbols are inputs then."""
     given = (value(node) for node in graph.nodes if node.op == "placeholder")
     return any(isinstance(each, torch.SymInt | torch.SymFloat) for each in given) and any(
         symbolic_number(node) or _columns(node) for node in graph.nodes
