@@ -149,6 +149,19 @@ def test_runs_and_is_reported(short, capsys, tmp_path):
     assert all(record["met"] == (record["saved"] >= 0.05) for record in ratios)
 
 
+def test_the_part_of_a_compilation_that_the_pass_takes(short, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(fusion, "STACK", fusion.Stack("compilation of 2 layers", SIZES, 2, 0.02))
+    options = ["--device", "cpu", "--workloads", "compilation", "--output", str(tmp_path / "to")]
+    assert cli.main(["bench", "fusion", *options]) == 0
+    assert "of which the pass" in capsys.readouterr().out
+    _, *found = records.read(next((tmp_path / "to").iterdir()))
+    assert [record["form"] for record in found] == list(fusion.FORMS)
+    for record in found:
+        assert record["counts"] == {rule: 2 * n for rule, n in fusion.EXPECTED[record["form"]].items()}
+        assert 0 < record["pass_seconds"] < record["seconds"]
+        assert record["met"] == (record["share"] <= 0.02)
+
+
 def test_what_is_wrong_is_told_and_not_timed(short, monkeypatch, capsys, tmp_path):
     compile = tilewright.compile
 

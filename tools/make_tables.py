@@ -207,7 +207,9 @@ def layers(path: Path) -> str:
     written = records.read(path)
     environment = written[0]["environment"]
     versions = f"torch {environment['torch']['version']}, triton {environment['triton']['version']}"
-    return f"{written[0]['device']}; {versions}.\n\n" + markdown(fusion.HEADS, fusion.rows(written))
+    compilations = [record for record in written if record["record"] == "compilation"]
+    said = "".join(f"\n{each['workload']} in {each['form']}: {fusion.told(each)}.\n" for each in compilations)
+    return f"{written[0]['device']}; {versions}.\n\n{markdown(fusion.HEADS, fusion.rows(written))}{said}"
 
 
 def provisos(written: list[dict[str, Any]]) -> list[str]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import statistics
+import time
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -66,6 +67,25 @@ class Layer(NamedTuple):
     least: float | None
 
 
+class Stack(NamedTuple):
+    """Layers that are compiled together, to see which part of that the pass takes.
+
+    Attributes:
+        name: unique.
+        sizes: of each layer.
+        layers: how many.
+        most: the part of the time that the pass may take.
+    """
+
+    name: str
+    sizes: Sizes
+    layers: int
+    most: float
+
+
+STACK = Stack("compilation of 32 layers", _SMALL, 32, 0.02)
+
+
 def workloads(device: torch.device) -> tuple[Layer, ...]:
     """What is measured: the part of the layer that one of eight GPUs has, and the whole; on a CPU a small one."""
     if device.type == "cpu":
@@ -110,6 +130,46 @@ def measure_workload(workload: Layer, timer: Timer) -> list[Record]:
         middle = next(each for each in rounds[place] if each.median_us == statistics.median_low(medians))
         record |= {"stream": middle.to_json(), "rounds_us": medians}
     return [*found, *ratios(workload, found)]
+
+
+def measure_compilation(stack: Stack, device: torch.device) -> Iterator[Record]:
+    """The records of a compilation with empty caches, in each form: what it takes, and the pass's part of that."""
+    for form, parts in FORMS.items():
+        for layers in (1, stack.layers):  # the first time is the process's own
+            seconds, report = _compiled(stack._replace(layers=layers), parts, device)
+        taken = sum(graph.seconds for graph in report.graphs)
+        yield {
+            "record": "compilation",
+            "family": "fusion",
+            "workload": stack.name,
+            "form": form,
+            "counts": report.counts,
+            "seconds": seconds,
+            "pass_seconds": taken,
+            "share": taken / seconds,
+            "most": stack.most,
+            "met": taken <= stack.most * seconds,
+        }
+
+
+def _compiled(stack: Stack, parts: type[Parts], device: torch.device) -> tuple[float, FusionReport]:
+    """How long compiling a stack takes, its first call included, and what was fused."""
+    import tilewright
+
+    def run(layers: Sequence[DecoderLayer], given: LayerInputs) -> list[Results]:
+        results = []
+        for layer in layers:
+            results.append(layer(*given))
+            given = given._replace(x=results[-1].y, residual=results[-1].residual)
+        return results
+
+    torch._dynamo.reset()
+    layers = [DecoderLayer(stack.sizes, parts, device=device, seed=seed) for seed in range(stack.layers)]
+    compiled = tilewright.compile(run, fullgraph=True, dynamic=False)
+    with torch._inductor.config.patch(force_disable_caches=True):
+        start = time.perf_counter()
+        compiled(layers, layer_inputs(stack.sizes, 4, device))
+        return time.perf_counter() - start, compiled.fusion_report
 
 
 def ratios(workload: Layer, measured: Sequence[Record]) -> Iterator[Record]:
@@ -211,12 +271,16 @@ def measure(
     """Every record of a run, the run's own first."""
     timer = timing.make_timer(device, quick)
     found: list[Record] = []
+    there: tuple[Layer | Stack, ...] = (*workloads(device), STACK)
     with timer.scope(), torch.no_grad():
         say("copy bandwidth")
         copy = timing.bandwidth(timer)
-        for workload in runner.by_name("fusion", workloads(device), names):
+        for workload in runner.by_name("fusion", there[:-1] if quick and names is None else there, names):
             say(workload.name)
-            found += measure_workload(workload, timer)
+            if isinstance(workload, Layer):
+                found += measure_workload(workload, timer)
+            else:
+                found += measure_compilation(workload, device)
     run = {
         "record": "run",
         "format": records.FORMAT,
@@ -245,7 +309,7 @@ def main(
         output: a folder, or a file that ends in ``.jsonl``.
         device: where; by default the accelerator, or the CPU if there is none.
         workloads: parts of workloads' names; by default all.
-        quick: fewer samples; by default on a CPU.
+        quick: fewer samples, and unless it is named no compilation; by default on a CPU.
         console: where the tables go; by default the terminal.
         json_output: print the records as JSON instead, and do without ``rich``.
 
@@ -297,6 +361,19 @@ def rows(found: Sequence[Record]) -> Iterator[tuple[str, ...]]:
             yield record["workload"], record["form"], *shown, saved, asked
 
 
+def told(record: Record) -> str:
+    """A compilation in words.
+
+    Example:
+        >>> told({"seconds": 50.0, "pass_seconds": 0.5, "share": 0.01, "most": 0.02})
+        '50.0 s, of which the pass 0.50 s, 1.0 % (asked: at most 2 %)'
+    """
+    share, most = (f"{100 * record[name]:.{digits}f} %" for name, digits in (("share", 1), ("most", 0)))
+    return (
+        f"{record['seconds']:.1f} s, of which the pass {record['pass_seconds']:.2f} s, {share} (asked: at most {most})"
+    )
+
+
 def show(found: Sequence[Record], console: Console) -> None:
     """Print the records of a run: the times, what fusion saved and what is asked of it, and what failed."""
     from rich.markup import escape
@@ -308,6 +385,9 @@ def show(found: Sequence[Record], console: Console) -> None:
     for row in rows(found):
         table.add_row(*map(escape, row))
     console.print(table)
+    for record in found:
+        if record["record"] == "compilation":
+            console.print(f"{record['workload']} in {record['form']}: {told(record)}", highlight=False, soft_wrap=True)
     for record in found:
         if record.get("status", "ok") != "ok":
             what = f"{record['workload']}, {record['form']}, fusion {'on' if record['fusion'] else 'off'}"

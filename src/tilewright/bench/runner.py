@@ -33,12 +33,12 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
-    from tilewright.bench.fusion import Layer
+    from tilewright.bench.fusion import Layer, Stack
     from tilewright.bench.providers import Prepared, Provider, Suite
     from tilewright.bench.timing import Timer
     from tilewright.ops.contract import Workload
 
-_Named = TypeVar("_Named", bound="Workload | Layer")
+_Named = TypeVar("_Named", bound="Workload | Layer | Stack")
 
 DEFAULT_OUTPUT = Path("bench-results")
 

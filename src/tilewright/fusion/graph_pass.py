@@ -6,7 +6,9 @@ import gc
 import hashlib
 import json
 import pickle
+import time
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -68,8 +70,10 @@ class FusionPass(CustomGraphPass):
     def __call__(self, graph: Graph) -> None:
         """Fuse one graph in place, and run the passes of others over it."""
         role = role_of(graph)
+        start = time.perf_counter()
         with _uncollected():
             done = fuse(graph, self.rules, self.policy, role)
+        done = replace(done, seconds=time.perf_counter() - start)
         self.report.graphs.append(done)
         self.made.append(done)
         if self._store is not None and (identity := self.identity()) is not None:

@@ -87,6 +87,7 @@ class GraphReport:
         before: the graph before.
         after: the graph after.
         cached: whether the code came out of a cache, and this from the record that was kept with it.
+        seconds: what deciding and changing took; of a cached one, when it was made.
     """
 
     role: Role
@@ -94,6 +95,7 @@ class GraphReport:
     before: tuple[Line, ...] = ()
     after: tuple[Line, ...] = ()
     cached: bool = False
+    seconds: float = field(default=0.0, compare=False)
 
 
 @dataclass
@@ -159,7 +161,7 @@ def graph_report(data: Mapping[str, Any], *, cached: bool = False) -> GraphRepor
     """The report that ``dataclasses.asdict`` of one gave, through JSON or not."""
     decisions = tuple(map(_decision, data["decisions"]))
     before, after = (tuple(Line(**line) for line in data[side]) for side in ("before", "after"))
-    return GraphReport(data["role"], decisions, before, after, cached or data["cached"])
+    return GraphReport(data["role"], decisions, before, after, cached or data["cached"], data["seconds"])
 
 
 def _decision(data: Mapping[str, Any]) -> Decision:
