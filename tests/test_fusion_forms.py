@@ -901,6 +901,10 @@ def put_between(x, cos, sin):
     return torch.stack(members(x, cos, sin, False), -1).flatten(-2)
 
 
+def rounded_members(x, cos, sin):
+    return torch.cat([member.bfloat16() for member in members(x, cos, sin, False)], -1)
+
+
 def crossed(x, cos, sin):
     return torch.stack(members(x, cos, sin, False), -2).flatten(-2)
 
@@ -911,6 +915,8 @@ def crossed(x, cos, sin):
         (moved, "features change places"),  # as DeepSeek is in Transformers
         (put_between, "features change places"),
         (lambda x, cos, sin: joined(x, cos, sin).bfloat16().float(), None),
+        (lambda x, cos, sin: rounded_members(x, cos, sin).float(), None),
+        (lambda x, cos, sin: rounded_members(x.half(), cos, sin).half(), None),
         (lambda x, cos, sin: joined(x.bfloat16(), cos, sin), "the result stays float32"),
         (swapped, None),  # another rotation, the inverse one
         (other_table, None),
@@ -929,3 +935,14 @@ def test_members_that_are_no_rotation(form, reason):
 def test_members_behind_one_another_are_joined():
     seen = Seen(crossed, torch.randn(2, 4, 7, 64), *torch.randn(2, 7, 32))
     means_rope(seen, seen.one("rope"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_an_amax_that_is_rounded_otherwise(dtype):
+    def f(x):
+        groups = x.float().unflatten(-1, (-1, 32))
+        amax = groups.abs().amax(-1, keepdim=True).clamp(min=1e-4).bfloat16()
+        scale = amax.float() / 448.0
+        return (groups / scale).clamp(-448.0, 448.0).to(FP8).view(x.shape), scale.squeeze(-1), amax
+
+    assert "amax is rounded to bfloat16" in Seen(f, torch.randn(3, 128).to(dtype)).miss("quant_fp8")

@@ -330,3 +330,17 @@ def test_rotations_in_copies(function, fuses):
     reasons = [d.reason for d in report.decisions if d.action == "refused"]
     assert len(reasons) == (not fuses)
     assert fuses or "rotated by the kernel that puts it beside something else" in reasons[0]
+
+
+@pytest.mark.parametrize("good_first", [False, True])
+def test_tables_of_one_position(good_first):
+    """A step of decoding takes one row; another pair in the graph is fused as ever."""
+
+    def run(q, k, cos, sin, one_cos, one_sin):
+        one = halves(q[:, :, :1], k[:, :, :1], one_cos, one_sin)
+        both = halves(q, k, cos, sin)
+        return (*both, *one) if good_first else (*one, *both)
+
+    q, k = (torch.randn(2, heads, 3, DIM) for heads in (4, 2))
+    given = q, k, *torch.randn(2, 3, DIM), *torch.randn(2, DIM)
+    assert counts_of(run, *given) == {"rope_qk": 2}

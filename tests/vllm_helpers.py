@@ -52,7 +52,7 @@ SCHEMAS = {
     },
 }
 
-# What the norms of _C do, which has changed: vllm-project/vllm#40860, #42379, #52104.
+# What the norms of _C do, which has changed.
 ROUNDING = {"cast": "before_weight", "sum": "rounded"}
 
 

@@ -9,7 +9,8 @@ Nothing is more precise than float64 here, so a float64 reference is taken to be
 the largest value, which is what one rounding may make. So is a reference of fewer than :data:`FEW` numbers: where it is
 nearer to the truth it may have been lucky, and says little about how near one comes. A result that sums ``reduced``
 rows may be off by ``sqrt(reduced)`` times as much, because its order of summation is its own. FP8 codes are compared as
-codes (:func:`compare_codes`). No other tolerance exists in the project.
+codes (:func:`compare_codes`). Two ways to compute one thing, neither of them the truth, may be :data:`ROUNDINGS_APART`.
+No other tolerance exists in the project.
 """
 
 from __future__ import annotations
@@ -25,6 +26,13 @@ if TYPE_CHECKING:
 
 REFERENCE_ERRORS = 2.0
 """How many times the reference's own error a result may be off."""
+
+ROUNDINGS_APART = 2
+"""How many roundings two ways to compute one thing may be apart."""
+
+FLOAT32_ROUNDINGS_APART = 4
+"""Likewise in float32, which nothing rounds in between: a mean in another order, its root, two products and a division
+make almost three."""
 
 FEW = 16
 """Numbers of which the largest error is no good sample."""

@@ -1,4 +1,4 @@
-"""A decoder layer as DeepSeek-V3.2 has it, its linear layers in FP8: what graph fusion is measured on.
+"""A dense decoder layer as DeepSeek-V3.2 has it, its linear layers in FP8: what graph fusion is measured on.
 
 It is written twice, in the library's operators and in plain PyTorch as models have it, and never calls a fused
 operator: fusion has to find them. The tokens are one sequence without a cache. What an engine does around such a graph,
@@ -28,6 +28,8 @@ from tilewright.bench.fp8_linear import (
 )
 
 EPS = 1e-6
+FIRST = 1000
+"""The first token's position: at 0 nothing would be rotated."""
 
 
 @dataclass(frozen=True)
@@ -279,12 +281,12 @@ class DecoderLayer(torch.nn.Module):
 
 
 def layer_inputs(sizes: Sizes, tokens: int, device: torch.device | str = "cpu", seed: int = 1) -> LayerInputs:
-    """Random inputs of a layer: ``tokens`` tokens of one sequence."""
+    """Random inputs of a layer: ``tokens`` tokens of one sequence, the first at position ``FIRST``."""
     generator = torch.Generator(device).manual_seed(seed)
     x, residual = (
         torch.randn(1, tokens, sizes.hidden, generator=generator, device=device).bfloat16() for _ in range(2)
     )
-    cos, sin = tilewright.rope_table(sizes.rotated, tokens, device=device)
+    cos, sin = (table[FIRST:] for table in tilewright.rope_table(sizes.rotated, FIRST + tokens, device=device))
     return LayerInputs(x, residual, torch.cat((cos, cos), -1), torch.cat((sin, sin), -1))
 
 

@@ -26,7 +26,7 @@ E4M3_MAX = 448.0
 LEAST_AMAX = 1e-4
 
 _ALIGNED = 4
-"""cuBLAS asks for rows of a weight's scales that begin at multiples of 16 bytes (pytorch/pytorch#166752)."""
+"""cuBLAS asks for rows of a weight's scales that begin at multiples of 16 bytes."""
 
 
 @dataclass(frozen=True)

@@ -42,12 +42,14 @@ class Written:
             none.
         nodes: those between the call and ``after``, which is among them.
         why_not: why nothing can take the place of what is written; empty if something can.
+        is_whole: whether ``before`` holds what the call is given, row for row, so that it may be read in its place.
     """
 
     before: Node
     after: Node | None
     nodes: frozenset[Node]
     why_not: str = ""
+    is_whole: bool = True
 
 
 @dataclass(frozen=True)
@@ -118,27 +120,42 @@ def _taken(node: Node, place: int, before: Node) -> Written:
 def _taken_from_base(node: Node, place: int, base: Node, name: str, *, shared: bool) -> Written:
     """What the second kind of call writes: its base whole, of which the argument may be a view."""
     after = result(node, place)
+    is_whole = not shared and _shows_all(node, base, name)
     if after is None:
-        return Written(base, None, frozenset())
+        return Written(base, None, frozenset(), is_whole=is_whole)
+    if is_whole:
+        return Written(base, after, frozenset({after}))
     shown, why_not = None, f"{name} and another argument are written through views of one tensor"
     if not shared:
-        shown, why_not = _seen_as_argument(node, base, after, name)
+        shown, why_not = _seen_as_argument(node, after, name)
     if shown is None:
-        return Written(base, None, frozenset(), why_not)
-    return Written(base, shown, frozenset({after, shown}))
+        return Written(base, None, frozenset(), why_not, is_whole=False)
+    return Written(base, shown, frozenset({after, shown}), is_whole=False)
 
 
-def _seen_as_argument(node: Node, base: Node, after: Node, name: str) -> tuple[Node | None, str]:
-    """The node that shows a written base as its argument does, row for row; None, with the reason, if there is none."""
+def _shows_all(node: Node, base: Node, name: str) -> bool:
+    """Whether an argument is its base, or a view that shows the base row for row."""
     given = node.kwargs
     if f"_{name}_slice_dim" in given:
-        return None, f"{name} is a part of the tensor that it is written into"
+        return False
     if f"_{name}_size" not in given:
-        return after, ""
-    sizes, strides, offset = (_numbers(given[f"_{name}_{what}"]) for what in ("size", "stride", "storage_offset"))
+        return True
+    sizes, strides, offset = _view_of(node, name)
     held = value(base)
-    if same_size(offset[0], held.storage_offset()) and _row_for_row(held, sizes, strides):
-        return after, ""
+    return same_size(offset[0], held.storage_offset()) and _row_for_row(held, sizes, strides)
+
+
+def _view_of(node: Node, name: str) -> tuple[tuple[Any, ...], tuple[Any, ...], tuple[Any, ...]]:
+    """Sizes, strides and offset of an argument that is a view of its base."""
+    sizes, strides, offset = (_numbers(node.kwargs[f"_{name}_{what}"]) for what in ("size", "stride", "storage_offset"))
+    return sizes, strides, offset
+
+
+def _seen_as_argument(node: Node, after: Node, name: str) -> tuple[Node | None, str]:
+    """The node that shows a written base as its argument does; None, with the reason, if there is none."""
+    if f"_{name}_slice_dim" in node.kwargs:
+        return None, f"{name} is a part of the tensor that it is written into"
+    sizes, strides, offset = _view_of(node, name)
     users = [user for user in after.users if not is_call(user, *_SIZES)]
     if len(users) == 1 and users[0].all_input_nodes[0] is after and isinstance(seen := value(users[0]), torch.Tensor):
         layout = same_shape(seen.shape, sizes) and same_shape(seen.stride(), strides)

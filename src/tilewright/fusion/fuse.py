@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from torch._ops import OpOverload
 from torch.fx import Node
 
+from tilewright.errors import TilewrightError
 from tilewright.fusion.expressions import writes
 from tilewright.fusion.graph import (
     CannotBuild,
@@ -144,9 +145,10 @@ def _apply(
     regions, order = _regions(graph), Order(graph)
     waits = False
     for rule, proposal in proposals:
-        if rule.name in disabled:
-            continue
         key, start = (rule.name, proposal.node.name), proposal.node
+        if rule.name in disabled:
+            refused[key] = _refused(rule, start, "its rule has failed elsewhere in this graph")
+            continue
         rival = next((taken[node] for node in proposal.claims if node in taken), None)
         if rival is not None:
             waits |= not proposal.claims <= taken.keys()  # something of it is left
@@ -155,7 +157,10 @@ def _apply(
         try:
             why = _not_allowed(rule, proposal, policy, regions)
             outcome = _refused(rule, start, why) if why else _make(graph, rule, proposal, policy, moved, order)
-        except Exception as error:  # likewise; what was added is dead
+        except TilewrightError as error:  # of the new operation's own check; what was added is dead
+            refused[key] = _refused(rule, start, f"the new operation refuses the call: {error}")
+            continue
+        except Exception as error:  # likewise
             decided.append(_failed(rule, graph, error, start))
             disabled.add(rule.name)
             continue

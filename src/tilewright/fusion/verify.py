@@ -8,24 +8,23 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from tilewright.fusion.graph import hint, needed, value
-from tilewright.numerics import EQUAL_CODES, compare_codes
+from tilewright.numerics import EQUAL_CODES, FLOAT32_ROUNDINGS_APART, ROUNDINGS_APART, compare_codes
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from torch.fx import Graph, Node
 
-_ROUNDINGS = {torch.float32: 4}  # a mean in another order, its root, two products and a division make almost three
-_OTHER_ROUNDINGS = 2
 _FP8 = (torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2)
 
 
 def disagreement(graph: Graph, built: Mapping[Node, Node], *, differs: bool = False) -> str:
     """Why a replacement's results are not those of what it replaces; empty if they are.
 
-    Sums may have another order and functions other last digits: numbers within two roundings of each other, in
-    float32 within four, count as equal. What has been rounded in between may have fallen on the other side: at least
-    :data:`tilewright.numerics.EQUAL_CODES` of a result's must be equal, the others one bfloat16 rounding apart.
+    Sums may have another order and functions other last digits: numbers within
+    :data:`tilewright.numerics.ROUNDINGS_APART` of each other count as equal. What has been rounded in between may have
+    fallen on the other side: at least :data:`tilewright.numerics.EQUAL_CODES` of a result's must be equal, the others
+    one bfloat16 rounding apart.
 
     Args:
         graph: with both in it.
@@ -91,7 +90,7 @@ def _compare(got: torch.Tensor, wanted: torch.Tensor, *, differs: bool) -> str:
         return "" if torch.equal(got, wanted) else f"{int((got != wanted).sum())} of {got.numel()} numbers"
     a, b = got.double(), wanted.double()
     size = b.abs().nan_to_num(posinf=0.0).max() if differs else b.abs()
-    roundings = _ROUNDINGS.get(got.dtype, _OTHER_ROUNDINGS)
+    roundings = FLOAT32_ROUNDINGS_APART if got.dtype == torch.float32 else ROUNDINGS_APART
     near = (a - b).abs() <= roundings * torch.finfo(got.dtype).eps * size
     off = ~((a == b) | near | (a.isnan() & b.isnan()))
     if int(off.sum()) > (1 - EQUAL_CODES) * off.numel():

@@ -162,6 +162,8 @@ def _dynamic(node: Node, match: Match) -> Found | None:
     rows = _rows(source)
     if dtype_of(rows.x) not in _INPUTS:
         return None
+    if "narrow" in match.bindings and dtype_of(match["narrow"]) != dtype_of(rows.x):
+        raise _Differs(f"amax is rounded to {plain(dtype_of(match['narrow']))}, and x is {plain(dtype_of(rows.x))}")
     if dtype_of(scale) != torch.float32:
         raise _Differs(f"the scale is computed in {plain(dtype_of(scale))}; expected float32")
     if "exponents" in match.bindings and (

@@ -210,8 +210,9 @@ def _judge_pairs(node: Node, match: Match) -> Found | str | None:
         return None
     terms = [match[name] for name in TERMS]
     computed = {dtype_of(term) for term in terms}
-    if any(name in match.bindings for name in ROUNDED) and (dtype_of(node) != dtype or computed != {torch.float32}):
-        return None  # the cast is no part of the rotation
+    roundings = {dtype_of(match[name]) for name in ROUNDED if name in match.bindings}
+    if roundings and (dtype_of(node) != dtype or roundings != {dtype} or computed != {torch.float32}):
+        return None  # a cast is no part of the rotation
     tables = [_table(match[name]) for name in ("cos", "sin")]
     reason = _difference(dtype, node, [table for table, _ in tables], terms)
     if reason or stacked != others:

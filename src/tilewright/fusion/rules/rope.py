@@ -276,7 +276,7 @@ def _table(editor: Editor, found: Found, x: Node) -> dict[str, Any]:
     if found.options["batched"]:
         tokens = (0, 1 if found.options["layout"] == "bshd" else 2)
         positions = _counted(editor, [editor.size(x, dim) for dim in tokens], value(cos).device)
-    if value(cos).dim() > 2:
+    if value(cos).dim() != 2:
         flat = [-1, editor.size(cos, -1)]
         cos, sin = (editor.call(aten.reshape.default, each, flat) for each in (cos, sin))
     return {"cos": cos, "sin": sin, "position_ids": positions}

@@ -70,6 +70,9 @@ def ir_add_norm(call: OperatorCall) -> Found:
 
 
 def _summand(call: OperatorCall, name: str, residual: str) -> torch.Tensor:
+    for each in (name, residual):
+        if each in call.written and not call.written[each].is_whole:
+            raise Unlike(f"{each} is a view of the tensor that it is written into")
     x, other = activation(call, name), activation(call, residual)
     if x.dtype != other.dtype or not same_shape(x.shape, other.shape):
         raise Unlike(

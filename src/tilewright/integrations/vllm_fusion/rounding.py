@@ -1,10 +1,9 @@
 """Where vLLM's own norms round: measured on the operator that is there, once for each device and dtype.
 
-``torch.ops._C.rms_norm`` and ``fused_add_rms_norm`` have changed it more than once under one name and schema. The norm
-is rounded before its weight multiplies up to v0.19 and from v0.23 on (vllm-project/vllm#42379); afterwards in between,
-since vllm-project/vllm#40860, in later kernels again (``csrc/libtorch_stable/layernorm_kernels.cu`` at 0b9c541), and in
-those for CPUs (``csrc/cpu/layernorm.cpp``). That the sum is rounded before its norm is called a fault (#52104). So
-nothing is assumed: the operator is given a few rows, and what it makes of them tells the forms apart.
+``torch.ops._C.rms_norm`` and ``fused_add_rms_norm`` have changed it more than once under one name and schema: before
+the weight multiplies up to v0.19 and from v0.23 on, after it in between and in later kernels again
+(``csrc/libtorch_stable/layernorm_kernels.cu``, ``csrc/cpu/layernorm.cpp``). That the sum is rounded before its norm is
+called a fault. So nothing is assumed: the operator is given a few rows, and what it makes of them tells the forms.
 """
 
 from __future__ import annotations
