@@ -1,9 +1,9 @@
 """What graph fusion wins: a decoder layer in a device graph, compiled with fusion and without.
 
 The layer, a dense one, is that of :mod:`tilewright.bench.decoder_layer`, written in the library's operators and in
-plain PyTorch. All are compiled by Inductor with the same options; what is compared is the pass. Every result is held against
-float64 before it is timed. The contestants of a workload take turns, several rounds in one run, each replaying a graph
-that goes round several layers with weights of their own, so that none finds its weights in the cache.
+plain PyTorch. All are compiled by Inductor with the same options; what is compared is the pass. Every result is held
+against float64 before it is timed. The contestants of a workload take turns, several rounds in one run, each replaying
+a graph that goes round several layers with weights of their own, so that none finds its weights in the cache.
 """
 
 from __future__ import annotations
