@@ -8,7 +8,7 @@ import torch
 
 import tilewright
 from fusion_helpers import fresh, only  # noqa: F401 - a fixture among them
-from test_fusion_forms import Seen
+from test_fusion_forms import Seen, rotate_half
 from tilewright.fusion import RULES
 from tilewright.fusion.expressions import Expressions
 from tilewright.fusion.fuse import Policy, fuse
@@ -20,11 +20,6 @@ from tilewright.ops.quant_fp8.format import encoded
 pytestmark = pytest.mark.filterwarnings("ignore::tilewright.fusion.FusionWarning")
 
 DIM = 8
-
-
-def rotate_half(x):
-    half = x.shape[-1] // 2
-    return torch.cat((-x[..., half:], x[..., :half]), -1)
 
 
 def halves(q, k, cos, sin):

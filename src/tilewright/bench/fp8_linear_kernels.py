@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-GROUP = 128
+from tilewright.bench.fp8_linear import GROUP
 
 
 class Launch(NamedTuple):

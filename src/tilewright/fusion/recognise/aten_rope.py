@@ -138,17 +138,8 @@ def _judge_halves(node: Node, match: Match) -> Found | str | None:
     if reason:
         return reason
     rounded = dtype != torch.float32 and computed == {dtype}
-    options = {
-        "layout": readings[0][0],
-        "interleaved": False,
-        "rotary_dim": None,
-        "rotary_offset": 0,
-        "inverse": False,
-        "numerics": "hf" if rounded else "exact",
-        "table": "doubled" if all(_is_doubled(table) for table, _ in tables) else "unproven",
-        "products": "rounded" if rounded else "exact",
-        "batched": readings[0][1],
-    }
+    table = "doubled" if all(_is_doubled(table) for table, _ in tables) else "unproven"
+    options = _options(readings[0], table, rounded=rounded)
     inputs = {"x": x, "cos": tables[0][0], "sin": tables[1][0]}
     nodes = match.nodes.union(*(views for _, views in tables))
     return Found("rope", "aten", inputs, options, {"y": node}, nodes)
@@ -179,20 +170,11 @@ def _judge_complex(node: Node, match: Match) -> Found | str | None:
     readings = _readings(turned, freqs)
     if not readings:
         return None
-    if dtype_of(node) != dtype:
-        return f"the result stays {plain(dtype_of(node))}; expected it rounded to {plain(dtype)}, the dtype of x"
+    reason = _difference(dtype, node, [], [turned])
+    if reason:
+        return reason
     table, views = _table(freqs)
-    options = {
-        "layout": readings[0][0],
-        "interleaved": True,
-        "rotary_dim": None,
-        "rotary_offset": 0,
-        "inverse": False,
-        "numerics": "exact",
-        "table": "complex",
-        "products": "exact",
-        "batched": readings[0][1],
-    }
+    options = _options(readings[0], "complex", interleaved=True)
     return Found("rope", "aten", {"x": x, "freqs_cis": table}, options, {"y": node}, match.nodes | views)
 
 
@@ -218,19 +200,27 @@ def _judge_pairs(node: Node, match: Match) -> Found | str | None:
     if reason or stacked != others:
         return reason or "features change places: rope leaves the members of a pair where it has read them"
     rounded = dtype != torch.float32 and computed == {dtype}
-    options = {
-        "layout": readings[0][0],
-        "interleaved": stacked,
+    options = _options(readings[0], "half", interleaved=stacked, rounded=rounded)
+    inputs = {"x": x, "cos": tables[0][0], "sin": tables[1][0]}
+    return Found("rope", "aten", inputs, options, {"y": node}, match.nodes.union(*(views for _, views in tables)))
+
+
+def _options(
+    reading: tuple[str, bool], table: str, *, interleaved: bool = False, rounded: bool = False
+) -> dict[str, Any]:
+    """The options of a rotation of all features."""
+    layout, batched = reading
+    return {
+        "layout": layout,
+        "interleaved": interleaved,
         "rotary_dim": None,
         "rotary_offset": 0,
         "inverse": False,
         "numerics": "hf" if rounded else "exact",
-        "table": "half",
+        "table": table,
         "products": "rounded" if rounded else "exact",
-        "batched": readings[0][1],
+        "batched": batched,
     }
-    inputs = {"x": x, "cos": tables[0][0], "sin": tables[1][0]}
-    return Found("rope", "aten", inputs, options, {"y": node}, match.nodes.union(*(views for _, views in tables)))
 
 
 def _turned(match: Match) -> tuple[Node, Node]:
