@@ -252,9 +252,9 @@ def _judged(
         wanted = EXPECTED[contestant.form] if contestant.fusion else {}
         try:
             results, *_ = [numbers(call()) for call in contestant.calls]  # each compiles, or finds what did
-            reason = numerics.disagreement("the layer", results, reference, truth)
-            worst = max(numerics.compare(*each).worst for each in zip(results, reference, truth, strict=True))
-            gate = {"worst": worst}
+            agreements = [numerics.compare(*each) for each in zip(results, reference, truth, strict=True)]
+            reason = next((f"result {place}: {each}" for place, each in enumerate(agreements) if not each.ok), "")
+            gate = {"worst": max(each.worst for each in agreements)}
             if not contestant.fusion:
                 unfused = results
             elif unfused is not None:
