@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import tilewright
+from tilewright import numerics
 from tilewright.testing import targets as devices
 
 ON_GPU = [pytest.param(t.device, id=str(t.device), marks=pytest.mark.gpu) for t in devices() if t.on_gpu][:1]
@@ -35,6 +36,8 @@ def fresh(tmp_path, monkeypatch):
 def fused(function, *args, grad=False, verify=True, **kwargs):
     """Compile and call; the results must have the bits, strides and separate memory that they have without fusion.
 
+    On a GPU sums have another order, and what is float32 throughout has other last digits.
+
     Returns:
         The report.
     """
@@ -42,7 +45,7 @@ def fused(function, *args, grad=False, verify=True, **kwargs):
         expected = function(*clones(args))
         compiled = tilewright.compile(function, fullgraph=True, verify=verify, **kwargs)
         results = compiled(*clones(args))
-    same(results, expected)
+    same(results, expected, is_exact=args[0].device.type == "cpu" or args[0].dtype != torch.float32)
     return compiled.fusion_report
 
 
@@ -50,12 +53,12 @@ def clones(args):
     return [a.detach().clone().requires_grad_(a.requires_grad) if isinstance(a, torch.Tensor) else a for a in args]
 
 
-def same(results, expected):
+def same(results, expected, *, is_exact=True):
     results, expected = flat(results), flat(expected)
     assert len(results) == len(expected)
     for got, wanted in zip(results, expected, strict=True):
         assert (got.dtype, got.shape, got.stride()) == (wanted.dtype, wanted.shape, wanted.stride())
-        assert torch.equal(bits(got), bits(wanted))
+        assert torch.equal(bits(got), bits(wanted)) if is_exact else not numerics.difference(got, wanted)
     apart = [got.untyped_storage().data_ptr() for got in results if got.numel()]
     wanted = [t.untyped_storage().data_ptr() for t in expected if t.numel()]
     assert len(set(apart)) == len(set(wanted)), "results share memory that did not before, or the other way round"

@@ -9,7 +9,8 @@ Nothing is more precise than float64 here, so a float64 reference is taken to be
 the largest value, which is what one rounding may make. So is a reference of fewer than :data:`FEW` numbers: where it is
 nearer to the truth it may have been lucky, and says little about how near one comes. A result that sums ``reduced``
 rows may be off by ``sqrt(reduced)`` times as much, because its order of summation is its own. FP8 codes are compared as
-codes (:func:`compare_codes`). Two ways to compute one thing, neither of them the truth, may be :data:`ROUNDINGS_APART`.
+codes (:func:`compare_codes`). Two ways to compute one thing, neither of them the truth, may be :data:`ROUNDINGS_APART`
+(:func:`difference`).
 No other tolerance exists in the project.
 """
 
@@ -156,12 +157,52 @@ def compare_codes(values: torch.Tensor, reference: torch.Tensor) -> str:
     return ""
 
 
+def is_fp8(dtype: torch.dtype) -> bool:
+    """Whether numbers of a dtype are FP8 codes, with a sign and a mantissa; powers of two are not."""
+    import torch
+
+    return dtype.is_floating_point and dtype.itemsize == 1 and dtype != torch.float8_e8m0fnu
+
+
 def _order(values: torch.Tensor) -> torch.Tensor:
     """Codes as integers in the order of their values, both zeros alike."""
     import torch
 
     code = values.contiguous().view(torch.uint8).to(torch.int16)
     return torch.where(code >= 128, 128 - code, code)
+
+
+def difference(result: torch.Tensor, other: torch.Tensor, *, differs: bool = False) -> str:
+    """Why two ways to compute one thing do not agree; empty if they do.
+
+    Sums may have another order and functions other last digits: numbers within :data:`ROUNDINGS_APART` of each other
+    count as equal. What has been rounded in between may have fallen on the other side: at least :data:`EQUAL_CODES` of
+    the numbers must be equal, the others one bfloat16 rounding apart. FP8 codes agree by :func:`compare_codes`.
+
+    Args:
+        result: of any dtype and shape.
+        other: of the same dtype and shape.
+        differs: whether the two are known to round elsewhere; then numbers may be off by a few roundings of the
+            largest.
+    """
+    import torch
+
+    if is_fp8(result.dtype):
+        return compare_codes(result, other)
+    if result.dtype.itemsize == 1:  # of a kind that compares with nothing, such as a power of two
+        result, other = result.view(torch.uint8), other.view(torch.uint8)
+    if not result.dtype.is_floating_point:
+        return "" if torch.equal(result, other) else f"{int((result != other).sum())} of {result.numel()} numbers"
+    a, b = result.double(), other.double()
+    size = b.abs().nan_to_num(posinf=0.0).max() if differs else b.abs()
+    roundings = FLOAT32_ROUNDINGS_APART if result.dtype == torch.float32 else ROUNDINGS_APART
+    near = (a - b).abs() <= roundings * torch.finfo(result.dtype).eps * size
+    off = ~((a == b) | near | (a.isnan() & b.isnan()))
+    if int(off.sum()) > (1 - EQUAL_CODES) * off.numel():
+        return f"{int(off.sum())} of {off.numel()} numbers"
+    coarse = torch.finfo(torch.bfloat16).eps  # what a bfloat16 number, one rounding apart, makes of a scale
+    far = off & ((a - b).abs() > coarse * b.abs())
+    return f"{int(far.sum())} numbers by more than a rounding" if bool(far.any()) else ""
 
 
 def compare_curves(

@@ -8,23 +8,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from tilewright.fusion.graph import hint, needed, value
-from tilewright.numerics import EQUAL_CODES, FLOAT32_ROUNDINGS_APART, ROUNDINGS_APART, compare_codes
+from tilewright.numerics import difference, is_fp8
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from torch.fx import Graph, Node
 
-_FP8 = (torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2)
+_DIVISIONS = (torch.ops.aten.div.Tensor, torch.ops.aten.div.Scalar)
 
 
 def disagreement(graph: Graph, built: Mapping[Node, Node], *, differs: bool = False) -> str:
     """Why a replacement's results are not those of what it replaces; empty if they are.
 
-    Sums may have another order and functions other last digits: numbers within
-    :data:`tilewright.numerics.ROUNDINGS_APART` of each other count as equal. What has been rounded in between may have
-    fallen on the other side: at least :data:`tilewright.numerics.EQUAL_CODES` of a result's must be equal, the others
-    one bfloat16 rounding apart.
+    What counts as equal is said by :func:`tilewright.numerics.difference`.
 
     Args:
         graph: with both in it.
@@ -43,7 +40,7 @@ def disagreement(graph: Graph, built: Mapping[Node, Node], *, differs: bool = Fa
                 continue
             known[node] = _run(node, known) if node in inner else _random(node, len(known))
         for old, new in built.items():
-            why = _compare(known[new], known[old], differs=differs)
+            why = difference(known[new], known[old], differs=differs)
             if why:
                 return f"run beside what it replaces, {old.name} differs: {why}"
     return ""
@@ -57,7 +54,12 @@ def _between(built: Mapping[Node, Node]) -> set[Node]:
 
 def _run(node: Node, known: Mapping[Node, Any]) -> Any:
     args, kwargs = torch.fx.map_arg((node.args, node.kwargs), known.__getitem__)
-    return operator.getitem(*args) if node.target is operator.getitem else node.target(*args, **kwargs)  # type: ignore[operator]
+    if node.target is operator.getitem:
+        return operator.getitem(*args)
+    if node.target in _DIVISIONS and isinstance(args[1], float | int) and args[0].dtype == torch.float32:
+        # On a GPU PyTorch would multiply by the number's rounded reciprocal; the graph asks for a division.
+        args = args[0], torch.tensor(args[1], dtype=torch.float32, device=args[0].device), *args[2:]
+    return node.target(*args, **kwargs)  # type: ignore[operator]
 
 
 def _random(node: Node, seed: int) -> Any:
@@ -76,25 +78,7 @@ def _random(node: Node, seed: int) -> Any:
             given = given.abs() + 0.5 if not held.dtype.is_complex else given  # a scale
     else:
         given = torch.randint(0, 2, sizes, generator=generator)
-    if held.dtype in _FP8:
+    if is_fp8(held.dtype):
         return given.to(held.device).to(held.dtype).expand(whole)
     return made.copy_(given.to(held.dtype)).expand(whole)
 
-
-def _compare(got: torch.Tensor, wanted: torch.Tensor, *, differs: bool) -> str:
-    if got.dtype in _FP8:
-        return compare_codes(got, wanted)
-    if got.dtype.itemsize == 1:  # of a kind that compares with nothing, such as a power of two
-        got, wanted = got.view(torch.uint8), wanted.view(torch.uint8)
-    if not got.dtype.is_floating_point:
-        return "" if torch.equal(got, wanted) else f"{int((got != wanted).sum())} of {got.numel()} numbers"
-    a, b = got.double(), wanted.double()
-    size = b.abs().nan_to_num(posinf=0.0).max() if differs else b.abs()
-    roundings = FLOAT32_ROUNDINGS_APART if got.dtype == torch.float32 else ROUNDINGS_APART
-    near = (a - b).abs() <= roundings * torch.finfo(got.dtype).eps * size
-    off = ~((a == b) | near | (a.isnan() & b.isnan()))
-    if int(off.sum()) > (1 - EQUAL_CODES) * off.numel():
-        return f"{int(off.sum())} of {off.numel()} numbers"
-    coarse = torch.finfo(torch.bfloat16).eps  # what a bfloat16 number, one rounding apart, makes of a scale
-    far = off & ((a - b).abs() > coarse * b.abs())
-    return f"{int(far.sum())} numbers by more than a rounding" if bool(far.any()) else ""
