@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import tilewright
-from fusion_helpers import fresh, only  # noqa: F401 - a fixture among them
+from fusion_helpers import fresh, only, targets  # noqa: F401 - a fixture among them
 from test_fusion_forms import Seen, rotate_half
 from tilewright.fusion import RULES
 from tilewright.fusion.expressions import Expressions
@@ -324,7 +324,69 @@ def test_rotations_in_copies(function, fuses):
     assert report.counts == ({"rope_qk": 1} if fuses else {})
     reasons = [d.reason for d in report.decisions if d.action == "refused"]
     assert len(reasons) == (not fuses)
-    assert fuses or "rotated by the kernel that puts it beside something else" in reasons[0]
+    assert fuses or "Inductor rotates it in the kernel of cat" in reasons[0]
+
+
+def quantised(x):
+    scales = x.abs().amax(-1, keepdim=True) / 448
+    return (x / scales).to(torch.float8_e4m3fn), scales
+
+
+def test_a_rotation_that_is_quantised_only():
+    def run(q, k, cos, sin):
+        q, k = halves(q, k, cos, sin)
+        return *quantised(q.transpose(1, 2)), k
+
+    q, k = (torch.randn(2, heads, 3, DIM) for heads in (4, 1))
+    report = report_of(run, q, k, *torch.randn(2, 3, DIM))
+    assert not report.counts
+    assert any("Inductor rotates it in the kernel of abs" in d.reason for d in report.decisions)
+
+
+@pytest.mark.parametrize("rotary_dim", [None, DIM // 2], ids=["all of the part", "half of the part"])
+@pytest.mark.parametrize("place", ["first", "in between", "last"])
+def test_features_beside_a_rotation(place, rotary_dim):
+    """Operators that rotate a part of each head, and a cat that puts the parts together."""
+    run = rotated_parts({"first": [DIM, 6], "in between": [2, DIM, 4], "last": [6, DIM]}[place], rotary_dim)
+    q, k = (torch.randn(2, heads, 3, DIM + 6) for heads in (4, 2))
+    report = report_of(run, q, k, *torch.randn(2, 3, (rotary_dim or DIM) // 2), exact=True)
+    assert report.counts == {"rope_qk": 1}
+    assert only(report).kernels == (4, 1)
+    assert not any("cat" in target for target in targets(report))
+
+
+def test_features_beside_a_rotation_of_any_number_of_tokens():
+    x, cos, sin = torch.randn(2, 6, 3, DIM + 6), *torch.randn(2, 5, DIM // 2)
+    torch._dynamo.mark_dynamic(x, 2)
+
+    def run(x, cos, sin):
+        return rotated_parts([DIM, 6])(x[:, :4], x[:, 4:], cos, sin)
+
+    compiled = tilewright.compile(run, fullgraph=True)
+    for got, wanted in zip(compiled(x, cos, sin), run(x, cos, sin), strict=True):
+        assert torch.equal(got, wanted)
+    assert compiled.fusion_report.counts == {"rope_qk": 1}
+    assert not any("cat" in target for target in targets(compiled.fusion_report))
+
+
+def rotated_parts(sizes, rotary_dim=None):
+    def joined(x, cos, sin):
+        parts = list(x.split(sizes, -1))
+        at = sizes.index(DIM)
+        parts[at] = tilewright.rope(parts[at], cos, sin, layout="bhsd", rotary_dim=rotary_dim)
+        return torch.cat(parts, -1)
+
+    return lambda q, k, cos, sin: [joined(x, cos, sin) for x in (q, k)]
+
+
+def test_features_in_another_order_stay_beside_a_rotation():
+    def run(q, k, cos, sin):
+        return [torch.cat((x[..., DIM:], tilewright.rope(x[..., :DIM], cos, sin, layout="bhsd")), -1) for x in (q, k)]
+
+    q, k = (torch.randn(2, heads, 3, DIM + 6) for heads in (4, 2))
+    report = report_of(run, q, k, *torch.randn(2, 3, DIM // 2), exact=True)
+    assert only(report).kernels == (2, 1)
+    assert any("cat" in target for target in targets(report))
 
 
 @pytest.mark.parametrize("good_first", [False, True])

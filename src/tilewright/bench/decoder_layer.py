@@ -108,20 +108,20 @@ class Parts:
         return tilewright.rms_norm(x, weight, eps=EPS)
 
     @staticmethod
-    def quant(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """FP8 values ``[rows, K]`` of rows, and their scales ``[rows, K / 128]``, float32."""
-        values, scales = tilewright.quant_fp8(x, group_size=GROUP)
+    def quant(x: torch.Tensor, *, columns: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+        """FP8 values ``[rows, K]`` of rows, and their scales ``[rows, K / 128]``, float32, if asked by columns."""
+        values, scales = tilewright.quant_fp8(x, group_size=GROUP, scale_layout="column" if columns else "row")
         return values, scales
 
     @staticmethod
     def rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        """The rotation of ``[1, heads, T, rotated]``."""
-        return tilewright.rope(x, cos, sin, layout="bhsd")
+        """The rotation of ``[1, T, heads, rotated]``."""
+        return tilewright.rope(x, cos, sin)
 
     @classmethod
     def linear(cls, x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
         """The product of rows, quantised, and a weight in FP8, which has a scale for each of its blocks."""
-        y: torch.Tensor = fp8_linear(*cls.quant(x), weight, scales)
+        y: torch.Tensor = fp8_linear(*cls.quant(x, columns=True), weight, scales)
         return y
 
 
@@ -136,19 +136,20 @@ class PlainParts(Parts):
         return weight * wide.to(x.dtype)
 
     @staticmethod
-    def quant(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def quant(x: torch.Tensor, *, columns: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
         """FP8 values of rows, and their scales."""
         groups = x.float().view(*x.shape[:-1], -1, GROUP)
         scales = groups.abs().amax(-1, keepdim=True).clamp(min=LEAST_AMAX) / E4M3_MAX
         values = (groups / scales).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
-        return values.view(x.shape), scales.squeeze(-1)
+        scales = scales.squeeze(-1)
+        return values.view(x.shape), scales.t().contiguous().t() if columns else scales
 
     @staticmethod
     def rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        """The rotation of ``[1, heads, T, rotated]``."""
+        """The rotation of ``[1, T, heads, rotated]``."""
         wide = x.float()
         first, second = wide.chunk(2, -1)
-        return (wide * cos + torch.cat((-second, first), -1) * sin).to(x.dtype)
+        return (wide * cos.unsqueeze(1) + torch.cat((-second, first), -1) * sin.unsqueeze(1)).to(x.dtype)
 
 
 class ExactParts(Parts):
@@ -160,15 +161,15 @@ class ExactParts(Parts):
         return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + EPS) * weight
 
     @staticmethod
-    def quant(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def quant(x: torch.Tensor, *, columns: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
         """The rows, and scales of one."""
         return x, torch.ones(x.shape[0], -(-x.shape[1] // GROUP), dtype=x.dtype, device=x.device)
 
     @staticmethod
     def rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        """The rotation of ``[1, heads, T, rotated]``."""
+        """The rotation of ``[1, T, heads, rotated]``."""
         first, second = x.chunk(2, -1)
-        return x * cos + torch.cat((-second, first), -1) * sin
+        return x * cos.unsqueeze(1) + torch.cat((-second, first), -1) * sin.unsqueeze(1)
 
     @classmethod
     def linear(cls, x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
@@ -258,8 +259,8 @@ class DecoderLayer(torch.nn.Module):
         q_rotated = self.parts.rope(q_rotated, cos, sin)
         k_rotated = self.parts.rope(_heads(k_rotated, 1), cos, sin)
         query = torch.cat((q_nope, q_rotated), -1)
-        key = torch.cat((k_nope, k_rotated.expand(-1, s.heads, -1, -1)), -1)
-        attended = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+        key = torch.cat((k_nope, k_rotated.expand(-1, -1, s.heads, -1)), -1)
+        attended = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (query, key, value)), is_causal=True)
         return attended.transpose(1, 2).reshape(*q.shape[:-1], -1)
 
     def _index(
@@ -271,7 +272,7 @@ class DecoderLayer(torch.nn.Module):
         k = F.layer_norm(self.index_k(hidden), (s.index,), self.index_norm, self.index_bias)
         k = self._rotated_first(_heads(k, 1), cos, sin)
         weights = F.linear(hidden, self.index_weights)
-        quantised = [self.parts.quant(each.transpose(1, 2).reshape(-1, s.index)) for each in (q, k)]
+        quantised = [self.parts.quant(each.view(-1, s.index)) for each in (q, k)]
         return *quantised[0], *quantised[1], weights
 
     def _rotated_first(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -291,5 +292,5 @@ def layer_inputs(sizes: Sizes, tokens: int, device: torch.device | str = "cpu", 
 
 
 def _heads(x: torch.Tensor, n_heads: int) -> torch.Tensor:
-    """``[1, T, n_heads * D]`` as ``[1, n_heads, T, D]``."""
-    return x.view(*x.shape[:-1], n_heads, -1).transpose(1, 2)
+    """``[1, T, n_heads * D]`` as ``[1, T, n_heads, D]``."""
+    return x.view(*x.shape[:-1], n_heads, -1)

@@ -121,9 +121,20 @@ def by_cublas(
     values: torch.Tensor, scales: torch.Tensor, weight: torch.Tensor, weight_scales: torch.Tensor
 ) -> torch.Tensor:
     """The product by torch's own operator, which wants the scales of one group beside each other."""
-    columns = scales.t().contiguous().t()
+    columns = scales.t().contiguous().t()  # no copy where they are
     y: torch.Tensor = torch._scaled_mm(values, weight.t(), columns, weight_scales.t(), out_dtype=torch.bfloat16)
     return y
+
+
+def by_cublas_as_dense(
+    values: torch.Tensor, scales: torch.Tensor, weight: torch.Tensor, weight_scales: torch.Tensor
+) -> torch.Tensor:
+    """Likewise where torch asks for scales of a weight without gaps between rows, and cuBLAS reads them with gaps.
+
+    So do versions of torch before pytorch/pytorch's ``is_blockwise_128x128_scaling`` rounded the stride up.
+    """
+    told = weight_scales.as_strided(weight_scales.shape, (weight_scales.shape[1], 1))
+    return by_cublas(values, scales, weight, told)
 
 
 def by_triton(
@@ -135,7 +146,7 @@ def by_triton(
     return block_scaled_linear(values, scales, weight, weight_scales)
 
 
-KERNELS: dict[str, Kernel] = {"triton": by_triton, "cublas": by_cublas}
+KERNELS: dict[str, Kernel] = {"triton": by_triton, "cublas": by_cublas, "cublas, as dense": by_cublas_as_dense}
 
 
 def choose(given: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]) -> Choice:

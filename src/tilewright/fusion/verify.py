@@ -81,4 +81,3 @@ def _random(node: Node, seed: int) -> Any:
     if is_fp8(held.dtype):
         return given.to(held.device).to(held.dtype).expand(whole)
     return made.copy_(given.to(held.dtype)).expand(whole)
-

@@ -40,14 +40,12 @@ from tilewright.fusion.forms import (
     Half,
     Match,
     OneOf,
-    Piece,
     Rounded,
     Tensor,
     Viewed,
     Widened,
     dtype_of,
     is_last,
-    piece,
     plain,
     product,
     shape_of,
@@ -57,6 +55,7 @@ from tilewright.fusion.found import Found, NearMiss
 from tilewright.fusion.graph import aten, is_call, same_shape, same_size
 from tilewright.fusion.graph import value as fake_of
 from tilewright.fusion.recognise.aten_rope_pairs import PAIRS, ROUNDED, TERMS
+from tilewright.fusion.recognise.carried import among_others
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -103,7 +102,7 @@ def recognise_rotations(graph: Graph) -> tuple[list[Found], list[NearMiss]]:
         for match in form.matches(node, Match()):  # x may be any of several views, or a cast
             judged = judge(node, match)
             if isinstance(judged, Found):
-                found.append(_among_others(judged))
+                found.append(among_others(judged))
                 readings[found[-1]] = _readings(*_turned(match))
                 inside |= found[-1].nodes
                 break
@@ -345,29 +344,3 @@ def _is_repeated(node: Node) -> bool:
         and same_size(before[-1], between[-1])
         and same_size(after[-1], 2 * between[-1])
     )
-
-
-def _among_others(found: Found) -> Found:
-    """The same with the features that are not rotated, where a ``cat`` puts all together again."""
-    part, y = piece(found.tensor("x")), found.outputs["y"]
-    if part is None or len(y.users) != 1:
-        return found
-    joined = next(iter(y.users))
-    if not is_call(joined, aten.cat.default) or not is_last((*joined.args, 0)[1], joined):
-        return found
-    if not same_shape(shape_of(joined), shape_of(part.source)):
-        return found
-    start: Any = 0
-    nodes = [*part.nodes, joined]
-    for each in joined.args[0]:  # type: ignore[union-attr]
-        own = part if each is y else piece(each)
-        if not isinstance(own, Piece) or own.source is not part.source or not same_size(own.start, start):
-            return found
-        nodes += own.nodes
-        start = start + shape_of(each)[-1]  # type: ignore[arg-type]
-    width = shape_of(y)[-1]
-    if not isinstance(width, int) or not isinstance(part.start, int):
-        return found
-    options = {**found.options, "rotary_dim": width, "rotary_offset": part.start}
-    inputs = {**found.inputs, "x": part.source}
-    return Found(found.kind, found.source, inputs, options, {"y": joined}, found.nodes.union(nodes), alone=found)

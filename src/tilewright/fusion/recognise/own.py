@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from tilewright.fusion.found import Found, NearMiss
-from tilewright.fusion.graph import arguments, result
+from tilewright.fusion.graph import arguments, result, value
+from tilewright.fusion.recognise.carried import among_others
 from tilewright.ops.quant_fp8.format import decoded
 
 if TYPE_CHECKING:
@@ -63,15 +65,27 @@ def _quant(node: Node) -> Found:
     return Found("quant_fp8", "tilewright", inputs, options, outputs, frozenset({node, *outputs.values()}))
 
 
+def _rope(node: Node) -> Found:
+    """A rotation, with the features that are put beside it again; the number of those that are rotated is said."""
+    found = _ROPE(node)
+    features, columns = value(found.tensor("x")).shape[-1], value(found.tensor("cos")).shape[-1]
+    if not isinstance(features, int) or not isinstance(columns, int):
+        return found
+    rotated = found.options["rotary_dim"] or (2 * columns if 2 * columns <= features else columns)
+    return among_others(replace(found, options={**found.options, "rotary_dim": rotated}))
+
+
 _MIXES = ("fn", "scale", "base", "norm_weight")
 _PRE = ("post_mix", "comb_mix", "layer_input", "pre_mix", "mixes", "rstd", "scalings")
 _TABLE = ("cos", "sin", "position_ids", "offsets", "cu_seqlens")
+
+_ROPE = _reader("rope", ("x", *_TABLE), ("y",))
 
 READERS: dict[str, Callable[[Node], Found]] = {
     "tilewright.rms_norm.default": _reader("rms_norm", ("x", "weight"), ("y",)),
     "tilewright.add_rms_norm.default": _reader("add_rms_norm", ("x", "residual", "weight"), ("y", "stored")),
     "tilewright.quant_fp8.default": _quant,
-    "tilewright.rope.default": _reader("rope", ("x", *_TABLE), ("y",)),
+    "tilewright.rope.default": _rope,
     "tilewright.mhc_pre.default": _reader("mhc_pre", ("residual", *_MIXES), _PRE),
     "tilewright.mhc_post.default": _reader("mhc_post", ("x", "residual", "post_mix", "comb_mix"), ("streams",)),
 }

@@ -11,7 +11,7 @@ from tilewright.fusion.graph import RESHAPES, CannotBuild, aten, depends, is_cal
 from tilewright.fusion.rule import Proposal, Refusal
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Iterator, Mapping, Sequence
 
     from torch.fx import Graph
 
@@ -23,6 +23,10 @@ _NORM = ("eps", "weight_offset", "cast")
 _ONE_AT_A_TIME = ("strides",)
 _NOT_WITH_NORMS = ("strides", "inverse", "transpose", "numerics")
 _OF_THE_FORM = ("table", "products", "batched")
+_GENERATED = (
+    aten.cat.default, aten.amax.default, aten.amin.default, aten.sum.dim_IntList, aten.mean.dim, aten.var_mean.correction,
+)  # fmt: skip
+"""Operators whose kernels Inductor generates, besides those that work element by element."""
 
 
 class RopePair:
@@ -39,19 +43,21 @@ class RopePair:
 
     def propose(self, graph: Graph, index: Index) -> Iterator[Proposal | Refusal]:
         """Pairs in the order of the graph, then those that would be pairs without what they carry along."""
-        left: dict[Any, Found] = {}
+        left: list[Found] = []
         for pair in pairs(index, index.of("rope"), left):
             yield self._candidate(pair)
-        for pair in pairs(index, [found.alone or found for found in left.values()], {}):
+        alone: list[Found] = []
+        for pair in pairs(index, [found.alone or found for found in left], alone):
             yield self._candidate(pair)
+        for found in _followers(index, alone):
+            yield Refusal(found.outputs["y"], "the second tensor is computed from the first one's rotation")
 
-    def _candidate(self, pair: tuple[Found, Found] | Refusal) -> Proposal | Refusal:
-        if isinstance(pair, Refusal):
-            return pair
-        if any(map(is_copied, pair)):
-            why = "is rotated by the kernel that puts it beside something else; a launch for both would save none"
-            copied = next(found for found in pair if is_copied(found))
-            return Refusal(pair[0].outputs["y"], f"{copied.outputs['y'].name} {why}")
+    def _candidate(self, pair: tuple[Found, Found]) -> Proposal | Refusal:
+        inlined = next(filter(is_inlined, pair), None)
+        if inlined is not None:
+            y, user = inlined.outputs["y"], _inlining(inlined.outputs["y"])
+            why = f"Inductor rotates it in the kernel of {user.name}; a launch for both would save none"
+            return Refusal(pair[0].outputs["y"], f"{y.name}: {why}")
         return self._proposal(*pair)
 
     def _proposal(self, q: Found, k: Found) -> Proposal:
@@ -71,27 +77,48 @@ class RopePair:
             claims=q.nodes | k.nodes,
             build=build,
             done="one launch for both",
-            moved_before=(*tensors, *results, *once, *once),
+            moved_before=(*_moved(q), *_moved(k), *once, *once),
             moved_after=(*tensors, *results, *once),
-            kernels=(2, 1),  # whoever serves the two serves the pair
+            kernels=(2 + _is_joined(q) + _is_joined(k), 1),  # whoever serves the two serves the pair
             differences=("rope_products",) if q.options.get("products") == "rounded" else (),
         )
 
 
-def pairs(index: Index, rotations: Iterable[Found], left: dict[Any, Found]) -> Iterator[tuple[Found, Found] | Refusal]:
-    """Every two rotations that one call can make, in their order; those without a partner are in ``left`` then."""
+def pairs(index: Index, rotations: Sequence[Found], left: list[Found]) -> Iterator[tuple[Found, Found]]:
+    """Every two rotations that one call can make, in their order; those without a partner are put into ``left``."""
+    waiting: dict[Any, Found] = {}
+    single: set[Found] = set()
     for found in rotations:
-        options = {name: given for name, given in found.options.items() if name not in _ONE_AT_A_TIME}
-        table = tuple(index.held(found, name) for name in _TABLE)
-        key = table, _alike(found), str(sorted(options.items(), key=str))
-        first = left.pop(key, None)
-        if first is None:
-            left[key] = found
-        elif depends(found.tensor("x"), {first.outputs["y"]}):
-            yield Refusal(found.outputs["y"], "the second tensor is computed from the first one's rotation")
-            left[key] = found
-        else:
+        key = _key(index, found)
+        first = waiting.pop(key, None)
+        if first is not None and not _follows(found, first):
             yield first, found
+            continue
+        waiting[key] = found
+        single |= set() if first is None else {first}
+    single.update(waiting.values())
+    left += [found for found in rotations if found in single]
+
+
+def _followers(index: Index, rotations: Sequence[Found]) -> Iterator[Found]:
+    """Those that would make a pair with one before, if they were not computed from it."""
+    last: dict[Any, Found] = {}
+    for found in rotations:
+        before = last.get(_key(index, found))
+        if before is not None and _follows(found, before):
+            yield found
+        last[_key(index, found)] = found
+
+
+def _follows(found: Found, before: Found) -> bool:
+    return depends(found.tensor("x"), {before.outputs["y"]})
+
+
+def _key(index: Index, found: Found) -> Any:
+    """What rotations have in common that one call can make."""
+    options = {name: given for name, given in found.options.items() if name not in _ONE_AT_A_TIME}
+    table = tuple(index.held(found, name) for name in _TABLE)
+    return table, _alike(found), str(sorted(options.items(), key=str))
 
 
 def _alike(found: Found) -> tuple[Any, ...]:
@@ -101,20 +128,41 @@ def _alike(found: Found) -> tuple[Any, ...]:
     return x.dtype, x.device, *(str(size) for dim, size in enumerate(x.shape) if dim != heads)
 
 
-def is_copied(found: Found) -> bool:
-    """Whether nothing is done with a rotation in plain PyTorch but to put it beside something else.
+def _is_joined(found: Found) -> bool:
+    """Whether a kernel of its own puts the features that are not rotated beside the others."""
+    return found.alone is not None and found.source != "aten"
 
-    Inductor then rotates in the kernel that puts it there, which is needed with or without the rotation.
+
+def _moved(found: Found) -> tuple[Node, ...]:
+    """What a rotation reads and writes."""
+    x, y = found.tensor("x"), found.outputs["y"]
+    return (*_moved(found.alone), y, y) if found.alone is not None and _is_joined(found) else (x, y)
+
+
+def is_inlined(found: Found) -> bool:
+    """Whether a rotation in plain PyTorch goes into nothing but kernels that Inductor makes.
+
+    They compute it as they read it, and are needed with or without the rotation.
     """
-    return found.source == "aten" and all(_is_copied(node) for node in found.outputs.values())
+    return found.source == "aten" and all(_inlining(node) is not None for node in found.outputs.values())
 
 
-def _is_copied(node: Node) -> bool:
+def _inlining(node: Node) -> Node | None:
+    """The first of the operations that a node goes into, if Inductor computes all of them itself; else None."""
+    first = None
     for user in node.users:
         shown = is_call(user, aten.expand.default, aten.permute.default) or seen_through(user) is node
-        if not is_call(user, aten.cat.default) and not (shown and _is_copied(user)):
-            return False
-    return bool(node.users)
+        into = user if _is_generated(user) else _inlining(user) if shown else None
+        if into is None:
+            return None
+        first = first or into
+    return first
+
+
+def _is_generated(node: Node) -> bool:
+    """Whether Inductor computes a node in a kernel of its own making, together with what comes before."""
+    pointwise = isinstance(node.target, torch._ops.OpOverload) and torch.Tag.pointwise in node.target.tags
+    return pointwise or is_call(node, *_GENERATED)
 
 
 class QkNormRope:
@@ -129,9 +177,7 @@ class QkNormRope:
     def propose(self, graph: Graph, index: Index) -> Iterator[Proposal | Refusal]:
         """One candidate for each pair of rotations of which one at least is of a norm."""
         norms = {found.outputs["y"]: found for found in index.of("rms_norm")}
-        for pair in pairs(index, index.of("rope"), {}):
-            if isinstance(pair, Refusal):
-                continue  # which the rule for the rotations alone has said
+        for pair in pairs(index, index.of("rope"), []):
             before = [_normalised(rotation, norms) for rotation in pair]
             if any(before):
                 yield self._candidate(pair, before)
