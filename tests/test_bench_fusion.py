@@ -19,7 +19,7 @@ from tilewright.bench.fp8_linear_kernels import launch_of
 from tilewright.errors import BenchmarkError
 
 SIZES = Sizes(
-    hidden=256, q_rank=256, kv_rank=128, heads=2, nope=64, rotated=32, value=64, index_heads=2, index=128, ffn=128
+    hidden=256, q_rank=256, kv_rank=128, heads=4, nope=64, rotated=32, value=64, index_heads=2, index=128, ffn=128
 )
 TINY = fusion.Layer("tiny", SIZES, 3, 0.05)
 CPU = torch.device("cpu")
@@ -104,11 +104,11 @@ def test_the_layer_fuses_completely(form, tokens, device):
         exact = DecoderLayer(SIZES, ExactParts, device=device).double()
         truth = fusion.numbers(exact(*(tensor.double() for tensor in given)))
     assert not numerics.disagreement(form, results, expected, truth)
-    left = [
-        t for t in targets(compiled.fusion_report) if t in ("tilewright.rms_norm.default", "tilewright.rope.default")
-    ]
-    assert not left
-    alone = targets(compiled.fusion_report).count("tilewright.quant_fp8.default")
+    there = targets(compiled.fusion_report)
+    assert "tilewright.rms_norm.default" not in there
+    rotated = there.count("tilewright.rope.default")
+    assert rotated == (2 if form == "operators" else 0), "attention's queries, with what is beside them, and its keys"
+    alone = there.count("tilewright.quant_fp8.default")
     assert alone == (3 if form == "operators" else 0), "of attention's result and of the indexer's queries and keys"
 
 

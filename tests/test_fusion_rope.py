@@ -355,6 +355,19 @@ def test_features_beside_a_rotation(place, rotary_dim):
     assert not any("cat" in target for target in targets(report))
 
 
+@pytest.mark.parametrize("rotary_dim", [None, DIM // 2], ids=["all of the part", "half of the part"])
+def test_features_beside_a_rotation_that_has_no_partner(rotary_dim):
+    def run(q, k, cos, sin, more):
+        q, k = rotated_parts([4, DIM, 2], rotary_dim)(q, k, cos, sin)
+        return q, tilewright.rope(more, cos, sin, layout="bhsd", rotary_dim=rotary_dim), k
+
+    q, k = (torch.randn(2, heads, length, DIM + 6) for heads, length in ((4, 3), (2, 2)))
+    tables = torch.randn(2, 3, (rotary_dim or DIM) // 2)
+    report = report_of(run, q, k, *tables, torch.randn(2, 1, 3, DIM), exact=True)
+    assert report.counts == {"partial_rope": 2}, "which saves more than one launch for the first and the last"
+    assert not any("cat" in target for target in targets(report))
+
+
 def test_features_beside_a_rotation_of_any_number_of_tokens():
     x, cos, sin = torch.randn(2, 6, 3, DIM + 6), *torch.randn(2, 5, DIM // 2)
     torch._dynamo.mark_dynamic(x, 2)

@@ -29,10 +29,12 @@ from tilewright import (
     rms_norm_quant_fp8,
     silu_mul_quant_fp8,
 )
+from tilewright.dispatch.eager import PlanCache
 from tilewright.ops.quant_fp8 import format as format_module
-from tilewright.ops.quant_fp8 import op
+from tilewright.ops.quant_fp8 import kernels, op
 from tilewright.ops.quant_fp8.cases import same_bits
 from tilewright.ops.quant_fp8.format import DTYPES
+from tilewright.ops.rms_norm.launch import RowBlock, cut_block, row_block
 from tilewright.platforms import DeviceFacts, amd, nvidia
 from tilewright.testing import Target
 
@@ -448,6 +450,42 @@ def test_a_row_does_not_depend_on_the_others(target):
         alone = serve(target, rms_norm_quant_fp8, x[row], weight)
         assert same_bits(alone.values, together.values[row])
         assert same_bits(alone.scales, together.scales[row])
+
+
+@pytest.mark.parametrize("target", [p for p in TARGETS if p.values[0].implementation == "triton"])
+@pytest.mark.parametrize("form", [{}, {"group_size": 32}, PACKED], ids=str)
+@pytest.mark.parametrize("function", [quant_fp8, silu_mul_quant_fp8])
+@pytest.mark.parametrize("n_cols", [128, 600, 1536])
+def test_rows_cut_among_programs(target, function, form, n_cols, monkeypatch):
+    """As launch parameters have it where rows are few: whatever they are, the bits are the same."""
+    x = random(target, 5, 2 * n_cols if function is silu_mul_quant_fp8 else n_cols)
+    results = []
+    for cut in (
+        None,
+        RowBlock(1, 256, 8, resident=False, num_warps=1),
+        RowBlock(2, 512, 8, resident=False, num_warps=1),
+    ):
+        monkeypatch.setattr(kernels, "cut_block", lambda *given, cut=cut: cut)
+        monkeypatch.setattr(op, "_PLANS", PlanCache())
+        results.append(serve(target, function, x, **form))
+    for each in results[1:]:
+        assert same_bits(each.values, results[0].values)
+        assert same_bits(each.scales, results[0].scales)
+
+
+def test_where_rows_are_cut():
+    gpu, cpu = DeviceFacts(kind="nvidia", n_units=100), DeviceFacts(kind="cpu")
+
+    def chunk(n_rows, n_cols, kind="plain", device=gpu):
+        cut = cut_block(n_rows, n_cols, row_block(n_cols, 2, device, kind), kind, device)
+        return cut and cut.chunk
+
+    assert chunk(1600, 7168) == 1024
+    assert chunk(1600, 7168, "gated") == 512
+    assert chunk(1601, 7168) is None
+    assert chunk(1601, 2304, "gated") == 512, "two chunks of 2048 are almost twice the row"
+    assert chunk(1, 1024) is None, "one chunk holds the row"
+    assert chunk(1, 7168, device=cpu) is None
 
 
 @pytest.mark.gpu

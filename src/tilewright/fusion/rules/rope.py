@@ -1,4 +1,4 @@
-"""Rotary embedding of queries and keys by one table: one launch for both, and for the norms of their heads."""
+"""Rotary embedding: one launch for queries and keys, for the norms of their heads, and for what is put beside it."""
 
 from __future__ import annotations
 
@@ -24,8 +24,13 @@ _ONE_AT_A_TIME = ("strides",)
 _NOT_WITH_NORMS = ("strides", "inverse", "transpose", "numerics")
 _OF_THE_FORM = ("table", "products", "batched")
 _GENERATED = (
-    aten.cat.default, aten.amax.default, aten.amin.default, aten.sum.dim_IntList, aten.mean.dim, aten.var_mean.correction,
-)  # fmt: skip
+    aten.cat.default,
+    aten.amax.default,
+    aten.amin.default,
+    aten.sum.dim_IntList,
+    aten.mean.dim,
+    aten.var_mean.correction,
+)
 """Operators whose kernels Inductor generates, besides those that work element by element."""
 
 
@@ -163,6 +168,41 @@ def _is_generated(node: Node) -> bool:
     """Whether Inductor computes a node in a kernel of its own making, together with what comes before."""
     pointwise = isinstance(node.target, torch._ops.OpOverload) and torch.Tag.pointwise in node.target.tags
     return pointwise or is_call(node, *_GENERATED)
+
+
+class PartialRope:
+    """One rotation of a part of each head, and the kernel that puts the other features beside it."""
+
+    name = "partial_rope"
+    pattern = "rope of a slice of the features, and the cat that puts the others in their places again"
+    replacement = "rope"
+    contract = "the bits of the two steps: features that are not rotated are copied"
+    pays: tuple[int | None, int | None] = (None, None)  # what is rotated is not written and read in between
+
+    def propose(self, graph: Graph, index: Index) -> Iterator[Proposal | Refusal]:
+        """One candidate for each; in plain PyTorch Inductor makes one kernel of it."""
+        for found in index.of("rope"):
+            if _is_joined(found):
+                yield self._proposal(found)
+
+    def _proposal(self, found: Found) -> Proposal:
+        x, y = found.tensor("x"), found.outputs["y"]
+        table = tuple(node for node in map(found.inputs.get, _TABLE) if node is not None)
+
+        def build(editor: Editor) -> Mapping[Node, Node]:
+            given = found.options | _table(editor, found, x) | {"strides": _strides(found)}
+            return {y: editor.call(torch.ops.tilewright.rope.default, x, **given)}
+
+        return Proposal(
+            node=y,
+            replaces=(y,),
+            claims=found.nodes,
+            build=build,
+            done="the other features copied in the same launch",
+            moved_before=(*_moved(found), *table),
+            moved_after=(x, y, *table),
+            kernels=(2, 1),
+        )
 
 
 class QkNormRope:
@@ -336,4 +376,4 @@ def _counted(editor: Editor, sizes: list[int | Node], device: torch.device) -> N
     return editor.call(aten.reshape.default, counted, sizes)
 
 
-RULES: tuple[Any, ...] = (RopePair(), QkNormRope())
+RULES: tuple[Any, ...] = (RopePair(), PartialRope(), QkNormRope())

@@ -35,7 +35,7 @@ from tilewright.ops.rms_norm.kernels import (
     tile,
     tile_mask,
 )
-from tilewright.ops.rms_norm.launch import row_block
+from tilewright.ops.rms_norm.launch import cut_block, row_block
 from tilewright.ops.rows import alignment, contiguous_twin, rows
 from tilewright.platforms import facts
 
@@ -218,10 +218,18 @@ def quant_kernel(
     ROUND_NORM: tl.constexpr, ROUND_RESIDUAL: tl.constexpr, TWO_LEVELS: tl.constexpr, ALIGN: tl.constexpr,
     PRELOAD: tl.constexpr,
     FORMAT_0: tl.constexpr, FORMAT_1: tl.constexpr, FORMAT_2: tl.constexpr,
-    BLOCK_M: tl.constexpr, CHUNK: tl.constexpr, VECTOR: tl.constexpr, RESIDENT: tl.constexpr,
+    BLOCK_M: tl.constexpr, CHUNK: tl.constexpr, VECTOR: tl.constexpr, RESIDENT: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
-    """Quantise BLOCK_M rows in up to three formats."""
-    row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    """Quantise BLOCK_M rows in up to three formats, or with SPLIT one chunk of them."""
+    CHUNKS: tl.constexpr = (N_COLS + CHUNK - 1) // CHUNK
+    block = tl.program_id(0)
+    first = 0
+    last = CHUNKS
+    if SPLIT:
+        first = block % CHUNKS
+        last = first + 1
+        block = block // CHUNKS
+    row = block.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     row_mask = row < n_rows
     x_row = row_offset(row, n_inner, stride_x_outer, stride_x_inner, TWO_LEVELS, ALIGN[0])
     residual_row = row_offset(row, n_inner, stride_residual_outer, stride_residual_inner, TWO_LEVELS, ALIGN[1])
@@ -263,7 +271,7 @@ def quant_kernel(
                 FORMAT_0, FORMAT_1, FORMAT_2, BLOCK_M, CHUNK, VECTOR,
             )  # fmt: skip
     else:
-        for c in range((N_COLS + CHUNK - 1) // CHUNK):
+        for c in range(first, last):
             column = c * CHUNK + tl.arange(0, CHUNK)
             weight = weight_ptr
             if weight_ptr is not None:
@@ -324,8 +332,10 @@ def plan(call: QuantCall, inputs: Inputs, outputs: Sequence[torch.Tensor]) -> Ru
         return contiguous_twin(plan, call, inputs, outputs, written=[] if residual is None else [place])
     device = facts(x.device)
     kind = "gated" if call.source == "silu_mul" else "plain" if residual is None else "residual"
-    block = row_block(call.n_cols, x.element_size(), device, kind)
-    programs = check_programs(block.programs(call.n_rows), "quant_fp8", "x")
+    whole = row_block(call.n_cols, x.element_size(), device, kind)
+    cut = None if _needs_rows(call) else cut_block(call.n_rows, call.n_cols, whole, kind, device)
+    block, pieces = (whole, 1) if cut is None else (cut, cut.chunks(call.n_cols))
+    programs = check_programs(block.programs(call.n_rows) * pieces, "quant_fp8", "x")
     preloads = weight is not None and block.preloads(programs, device, light=False)
     strides = seen.strides_of((x, residual, stored))
     options = call.norm.options if call.norm is not None else None
@@ -350,9 +360,15 @@ def plan(call: QuantCall, inputs: Inputs, outputs: Sequence[torch.Tensor]) -> Ru
         block.chunk,
         block.vector,
         block.resident,
+        cut is not None,
     )
     kernel = BoundKernel(quant_kernel, programs, x.device, tail, block.options(device, preloads=preloads))
     return _arranged(call, kernel)
+
+
+def _needs_rows(call: QuantCall) -> bool:
+    """Whether something has to be known of a whole row: its norm, or its largest magnitude."""
+    return call.norm is not None or (not call.static and any(f.group_size is None for f in call.formats))
 
 
 def _arranged(call: QuantCall, kernel: BoundKernel) -> Runner:

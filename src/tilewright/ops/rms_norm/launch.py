@@ -2,7 +2,8 @@
 
 A thread takes one 16-byte load of each chunk, so that Triton lays out every tile of a row alike, whatever else a kernel
 does with it. How a row is cut depends on the row alone, never on how many rows there are: its result is the same in
-every batch, and the fused kernels sum in the same order as the plain ones. How many rows share a sum for the weight's
+every batch, and the fused kernels sum in the same order as the plain ones; only groups that nothing is summed for are
+cut as their number suggests (:func:`cut_block`). How many rows share a sum for the weight's
 gradient depends on their number and on the device as well.
 
 The numbers for GPUs are the best of those measured on an H200 (``benchmarks/results/norm-experiments-nvidia-h200.json``
@@ -38,6 +39,12 @@ beyond the last entry are read once for each pass."""
 _REGISTERS = {1: 64, 4: 72, 8: 80}
 """For so many warps on one tensor: the compiler would take more, and leave room for fewer programs."""
 
+_CUT_WARPS = {"plain": 4, "gated": 2}
+_CUT_ROWS_PER_UNIT = 16
+_CUT_WASTE = 1.25
+"""A row of groups is cut among programs of so many warps where there are no more rows than this for each unit, or where
+the chunks of one program would be so much wider than the row."""
+
 
 @dataclass(frozen=True)
 class RowBlock:
@@ -62,6 +69,10 @@ class RowBlock:
     def programs(self, n_rows: int) -> int:
         """How many programs so many rows take."""
         return -(-n_rows // self.rows)
+
+    def chunks(self, n_cols: int) -> int:
+        """How many chunks so many columns take."""
+        return -(-n_cols // self.chunk)
 
     def preloads(self, programs: int, device: DeviceFacts, *, light: bool) -> bool:
         """Whether the weight is loaded together with the rows: that is sooner, but leaves room for fewer programs.
@@ -109,6 +120,27 @@ def row_block(n_cols: int, itemsize: int, device: DeviceFacts, kind: str = "plai
     resident = n_cols * itemsize <= table[-1][0]
     registers = _REGISTERS.get(num_warps) if kind == "plain" else None
     return RowBlock(1, chunk, vector, resident, num_warps, registers)
+
+
+def cut_block(n_rows: int, n_cols: int, block: RowBlock, kind: str, device: DeviceFacts) -> RowBlock | None:
+    """The parameters for chunks of rows with a program each, where that is faster; None where it is not.
+
+    That is for chunks that do not need each other.
+
+    Args:
+        n_rows: rows.
+        n_cols: columns of a row.
+        block: what :func:`row_block` says.
+        kind: likewise.
+        device: where it runs.
+    """
+    chunk = _CUT_WARPS[kind] * THREADS_PER_WARP * block.vector
+    if device.kind == "cpu" or block.rows > 1 or n_cols <= chunk:
+        return None
+    wasteful = block.chunks(n_cols) * block.chunk >= _CUT_WASTE * n_cols
+    if n_rows > _CUT_ROWS_PER_UNIT * device.n_units and not wasteful:
+        return None
+    return RowBlock(1, chunk, block.vector, resident=False, num_warps=_CUT_WARPS[kind])
 
 
 @dataclass(frozen=True)
