@@ -1,15 +1,16 @@
-"""Which nodes of a graph hold the same numbers, as far as one walk over it shows."""
+"""Which nodes of a graph hold the same numbers, as far as what they are made of shows."""
 
 from __future__ import annotations
 
 import operator
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch._ops import HigherOrderOperator, OpOverload
 from torch.fx import Node
 
-from tilewright.fusion.graph import aten, value
+from tilewright.fusion.graph import aten, needed, value
 
 if TYPE_CHECKING:
     from torch.fx import Graph
@@ -41,12 +42,14 @@ class Expressions:
     sizes by their formulas. Nothing behind the first node that writes to memory equals anything but itself.
 
     Args:
-        graph: is walked over once, when something is first asked.
+        graph: which must not change while something is asked.
     """
 
     def __init__(self, graph: Graph) -> None:
         self._graph = graph
-        self._numbers: dict[Node, int] | None = None
+        self._readable: set[Node] | None = None
+        self._numbers: dict[Node, int] = {}
+        self._known: dict[Any, int] = {}
 
     def of(self, node: Node | None, user: Node) -> Any:
         """What is equal for nodes that hold the same numbers, as a user of theirs reads them: a key of dictionaries.
@@ -57,18 +60,16 @@ class Expressions:
         """
         if node is None:
             return None
-        if self._numbers is None:
-            self._numbers = self._walk()
-        return self._numbers[node] if node in self._numbers and user in self._numbers else node
+        if self._readable is None:
+            self._readable = set(takewhile(lambda each: not writes(each), self._graph.nodes))
+        return self._number(node) if node in self._readable and user in self._readable else node
 
-    def _walk(self) -> dict[Node, int]:
-        numbers: dict[Node, int] = {}
-        known: dict[Any, int] = {}
-        for node in self._graph.nodes:
-            if writes(node):
-                break
-            numbers[node] = known.setdefault(self._key(node, numbers), len(numbers))
-        return numbers
+    def _number(self, node: Node) -> int:
+        """The number of an expression, after those of all that it is made of."""
+        new = needed([node], lambda each: each not in self._numbers)
+        for each in sorted(new, key=lambda each: each._sort_key):
+            self._numbers[each] = self._known.setdefault(self._key(each, self._numbers), len(self._known))
+        return self._numbers[node]
 
     def _key(self, node: Node, numbers: dict[Node, int]) -> Any:
         held = value(node)

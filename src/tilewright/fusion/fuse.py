@@ -71,7 +71,8 @@ def fuse(graph: Graph, rules: Sequence[Rule], policy: Policy, role: Role = "unkn
         role: of the graph, for the report.
     """
     drop_unused(graph)
-    before = _lines(graph)
+    texts: dict[Node, tuple[object, object, str]] = {}
+    before = _lines(graph, texts)
     decided: list[Decision] = []
     refused: dict[tuple[str, str], Decision] = {}
     disabled: set[str] = set()
@@ -90,7 +91,7 @@ def fuse(graph: Graph, rules: Sequence[Rule], policy: Policy, role: Role = "unkn
     decided += (d for d in refused.values() if not (d.node in done and d.reason.endswith(_RIVAL)))
     added = {name for d in decided for name in d.added}
     names = {line.name for line in before}
-    after = tuple(replace(line, touched=line.name in added or line.name not in names) for line in _lines(graph))
+    after = tuple(replace(line, touched=line.name in added or line.name not in names) for line in _lines(graph, texts))
     remaining = {line.name for line in after}
     before = tuple(replace(line, touched=line.name not in remaining) for line in before)
     return GraphReport(role, tuple(decided), before, after)
@@ -143,6 +144,7 @@ def _apply(
     taken: dict[Node, str] = {}
     moved: dict[Node, Node] = {}
     regions, order = _regions(graph), Order(graph)
+    served: dict[str, str] = {}
     waits = False
     for rule, proposal in proposals:
         key, start = (rule.name, proposal.node.name), proposal.node
@@ -155,7 +157,7 @@ def _apply(
             refused[key] = _refused(rule, start, f"{rival}{_RIVAL}")
             continue
         try:
-            why = _not_allowed(rule, proposal, policy, regions)
+            why = _not_allowed(rule, proposal, policy, regions) or unserved(proposal, served)
             outcome = _refused(rule, start, why) if why else _make(graph, rule, proposal, policy, moved, order)
         except TilewrightError as error:  # of the new operation's own check; what was added is dead
             refused[key] = _refused(rule, start, f"the new operation refuses the call: {error}")
@@ -195,7 +197,7 @@ def _not_allowed(rule: Rule, proposal: Proposal, policy: Policy, regions: Mappin
         return f"pays from {least} rows on, and this graph serves {low}"
     if most is not None and high > most:
         return f"pays up to {most} rows, and this graph serves {high:g}"
-    return unserved(proposal)
+    return ""
 
 
 def _make(
@@ -288,8 +290,18 @@ def _failed(rule: Rule, graph: Graph, error: Exception, node: Node | None = None
     return Decision(rule.name, at.name, "failed", reason, where(at) if node else "")
 
 
-def _lines(graph: Graph) -> tuple[Line, ...]:
-    return tuple(Line(node.name, _text(node)) for node in graph.nodes)
+def _lines(graph: Graph, texts: dict[Node, tuple[object, object, str]]) -> tuple[Line, ...]:
+    """The nodes of a graph as text.
+
+    Args:
+        graph: which.
+        texts: those of nodes so far, with the arguments that they had.
+    """
+    for node in graph.nodes:
+        args, kwargs, _ = texts.get(node, (None, None, ""))
+        if args is not node.args or kwargs is not node.kwargs:
+            texts[node] = node.args, node.kwargs, _text(node)
+    return tuple(Line(node.name, texts[node][2]) for node in graph.nodes)
 
 
 def _text(node: Node) -> str:

@@ -246,7 +246,7 @@ class Editor:
         with self.graph.inserting_after(max(before, key=lambda n: n._sort_key)):
             node = self.graph.call_function(target, args, kwargs)
         spread = torch.fx.map_arg((args, kwargs), value)
-        with nullcontext() if self._mode is None else self._mode:
+        with nullcontext() if self._mode is None or target is operator.getitem else self._mode:
             node.meta["val"] = target(*spread[0], **spread[1])
         for name in ("stack_trace", "nn_module_stack", "original_aten", "from_node"):
             if name in self.anchor.meta:

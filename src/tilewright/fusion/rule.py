@@ -108,13 +108,25 @@ def size_in_bytes(node: Node) -> int:
     return int(total)
 
 
-def unserved(proposal: Proposal) -> str:
-    """Why nobody but the reference would serve the new operation; empty if someone does."""
+def unserved(proposal: Proposal, known: dict[str, str]) -> str:
+    """Why nobody but the reference would serve the new operation; empty if someone does.
+
+    Args:
+        proposal: which.
+        known: the answers so far, by what was asked; layers ask for the same.
+    """
     if proposal.asks is None:
         return ""
+    function, args, kwargs = proposal.asks
+    key = f"{function} {torch.fx.map_arg((args, kwargs), _described)}"
+    if key not in known:
+        known[key] = _unserved(function, args, kwargs)
+    return known[key]
+
+
+def _unserved(function: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
     from tilewright.ops import explain
 
-    function, args, kwargs = proposal.asks
     try:
         with FakeTensorMode():
             explanation = explain(function, *_concrete(args), **_concrete(kwargs))
@@ -126,6 +138,14 @@ def unserved(proposal: Proposal) -> str:
     return ""
 
 
+def _described(node: Node) -> Any:
+    """What the choice of a kernel may depend on."""
+    held = value(node)
+    if not isinstance(held, torch.Tensor):
+        return held
+    return held.dtype, held.device, *([hint(size) for size in of] for of in (held.shape, held.stride()))
+
+
 def _concrete(spread: Any) -> Any:
     """Arguments with nodes replaced by fakes of their sizes."""
 
@@ -133,8 +153,8 @@ def _concrete(spread: Any) -> Any:
         held = value(node)
         if not isinstance(held, torch.Tensor):
             return held
-        sizes, strides = ([hint(size) for size in of] for of in (held.shape, held.stride()))
-        return torch.empty_strided(sizes, strides, dtype=held.dtype, device=held.device)
+        dtype, device, sizes, strides = _described(node)
+        return torch.empty_strided(sizes, strides, dtype=dtype, device=device)
 
     return torch.fx.map_arg(spread, fake)
 
