@@ -25,6 +25,11 @@ def test_list_names_every_operation(capsys):
     assert all(function in out for function in FUNCTIONS)
 
 
+def test_as_a_module():
+    shown = subprocess.run([sys.executable, "-m", "tilewright", "list"], capture_output=True, text=True, check=True)
+    assert "rope_qk" in shown.stdout
+
+
 def test_list_as_json(capsys):
     status, out, _ = run(capsys, "list", "--json")
     rows = json.loads(out)["operations"]

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from tilewright.numerics import FEW, REFERENCE_ERRORS, compare, compare_curves
+from tilewright.numerics import FEW, REFERENCE_ERRORS, compare, compare_curves, difference, is_fp8
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
 
@@ -152,3 +152,34 @@ def test_curves_that_blow_up(bad, step):
 def test_curves_of_different_lengths():
     assert not compare_curves([1.0], [1.0, 1.0], [1.0, 1.0], dtype=torch.float32).ok
     assert compare_curves([], [], [], dtype=torch.float32).ok
+
+
+@pytest.mark.parametrize(("dtype", "roundings"), [(torch.float32, 4), (torch.bfloat16, 2), (torch.float16, 2)])
+def test_two_ways_to_compute_one_thing(dtype, roundings):
+    eps = torch.finfo(dtype).eps
+    one = torch.ones(10_000, dtype=dtype)
+    assert not difference(one * (1 + roundings * eps), one)
+    assert difference(one * (1 + (roundings + 1) * eps), one) == "10000 of 10000 numbers"
+    few = one.clone()
+    few[:10] = 1 + 2.0**-7  # what was rounded to bfloat16 in between
+    assert not difference(few, one)
+    few[0] = 1 + 2.0**-6 + 2.0**-7
+    assert difference(few, one) == "1 numbers by more than a rounding"
+    assert difference(one * math.nan, one)
+    assert not difference(one * math.nan, one * math.nan)
+
+
+def test_where_numbers_are_known_to_be_rounded_elsewhere():
+    """They may be off by roundings of the largest."""
+    other = torch.tensor([1.0, 1e-6])
+    result = other + torch.tensor([0.0, 1e-7])
+    assert difference(result, other)
+    assert not difference(result, other, differs=True)
+
+
+def test_powers_of_two_are_no_codes():
+    one, two = (torch.tensor([float(value)]).to(torch.float8_e8m0fnu) for value in (1, 2))
+    assert not is_fp8(one.dtype)
+    assert is_fp8(torch.float8_e5m2)
+    assert not difference(one, one)
+    assert difference(one, two) == "1 of 1 numbers"

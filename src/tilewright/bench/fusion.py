@@ -90,14 +90,18 @@ STACK = Stack("compilation of 32 layers", _SMALL, 32, 0.02)
 def workloads(device: torch.device) -> tuple[Layer, ...]:
     """What is measured: the part of the layer that one of eight GPUs has, and the whole; on a CPU a small one."""
     if device.type == "cpu":
-        return tuple(Layer(f"small, {tokens} tokens", _SMALL, tokens, None) for tokens in (1, 64))
+        return tuple(Layer(f"small, {_counted(tokens)}", _SMALL, tokens, None) for tokens in (1, 64))
     asked = {1: 0.05, 64: 0.05, 1024: 0.10}
     parts = {"one of eight GPUs": _EIGHTH, "one GPU": _WHOLE}
     return tuple(
-        Layer(f"{part}, {tokens} tokens", sizes, tokens, least)
+        Layer(f"{part}, {_counted(tokens)}", sizes, tokens, least)
         for part, sizes in parts.items()
         for tokens, least in asked.items()
     )
+
+
+def _counted(tokens: int) -> str:
+    return f"{tokens} token{'' if tokens == 1 else 's'}"
 
 
 @dataclass
