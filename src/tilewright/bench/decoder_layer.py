@@ -260,7 +260,8 @@ class DecoderLayer(torch.nn.Module):
         k_rotated = self.parts.rope(_heads(k_rotated, 1), cos, sin)
         query = torch.cat((q_nope, q_rotated), -1)
         key = torch.cat((k_nope, k_rotated.expand(-1, -1, s.heads, -1)), -1)
-        attended = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (query, key, value)), is_causal=True)
+        query, key, value = (heads.transpose(1, 2) for heads in (query, key, value))
+        attended = F.scaled_dot_product_attention(query, key, value, is_causal=True)
         return attended.transpose(1, 2).reshape(*q.shape[:-1], -1)
 
     def _index(

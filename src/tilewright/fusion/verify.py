@@ -53,7 +53,8 @@ def _between(built: Mapping[Node, Node]) -> set[Node]:
 
 
 def _run(node: Node, known: Mapping[Node, Any]) -> Any:
-    args, kwargs = torch.fx.map_arg((node.args, node.kwargs), known.__getitem__)
+    spread: Any = torch.fx.map_arg((node.args, node.kwargs), known.__getitem__)
+    args, kwargs = spread
     if node.target is operator.getitem:
         return operator.getitem(*args)
     if node.target in _DIVISIONS and isinstance(args[1], float | int) and args[0].dtype == torch.float32:

@@ -58,11 +58,11 @@ class RopePair:
             yield Refusal(found.outputs["y"], "the second tensor is computed from the first one's rotation")
 
     def _candidate(self, pair: tuple[Found, Found]) -> Proposal | Refusal:
-        inlined = next(filter(is_inlined, pair), None)
-        if inlined is not None:
-            y, user = inlined.outputs["y"], _inlining(inlined.outputs["y"])
-            why = f"Inductor rotates it in the kernel of {user.name}; a launch for both would save none"
-            return Refusal(pair[0].outputs["y"], f"{y.name}: {why}")
+        for found in pair:
+            user = inlining(found)
+            if user is not None:
+                why = f"Inductor rotates it in the kernel of {user.name}; a launch for both would save none"
+                return Refusal(pair[0].outputs["y"], f"{found.outputs['y'].name}: {why}")
         return self._proposal(*pair)
 
     def _proposal(self, q: Found, k: Found) -> Proposal:
@@ -144,12 +144,12 @@ def _moved(found: Found) -> tuple[Node, ...]:
     return (*_moved(found.alone), y, y) if found.alone is not None and _is_joined(found) else (x, y)
 
 
-def is_inlined(found: Found) -> bool:
-    """Whether a rotation in plain PyTorch goes into nothing but kernels that Inductor makes.
+def inlining(found: Found) -> Node | None:
+    """The kernel that computes a rotation in plain PyTorch as it reads it; None if none does.
 
-    They compute it as they read it, and are needed with or without the rotation.
+    One does where the rotation goes into nothing but kernels that Inductor makes: they are needed with or without it.
     """
-    return found.source == "aten" and all(_inlining(node) is not None for node in found.outputs.values())
+    return _inlining(found.outputs["y"]) if found.source == "aten" else None
 
 
 def _inlining(node: Node) -> Node | None:
@@ -190,7 +190,7 @@ class PartialRope:
         table = tuple(node for node in map(found.inputs.get, _TABLE) if node is not None)
 
         def build(editor: Editor) -> Mapping[Node, Node]:
-            given = found.options | _table(editor, found, x) | {"strides": _strides(found)}
+            given = {**found.options, **_table(editor, found, x), "strides": _strides(found)}
             return {y: editor.call(torch.ops.tilewright.rope.default, x, **given)}
 
         return Proposal(
