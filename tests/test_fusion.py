@@ -620,3 +620,17 @@ def test_every_rule_says_what_it_is():
         assert hasattr(tilewright, rule.replacement)
     assert len({rule.name for rule in RULES}) == len(RULES)
     assert Refusal.__doc__
+
+
+@pytest.mark.parametrize("divide", [torch.ops.aten.div.Tensor, torch.ops.aten.div.Scalar], ids=str)
+def test_verified_by_the_division_that_is_written(divide):
+    def run(x, w):
+        groups = norm(x, w).view(-1, 2, N // 2).float()
+        scale = divide(groups.abs().amax(-1, keepdim=True).clamp(min=1e-4), 448.0)
+        return (groups / scale).clamp(-448, 448).to(torch.float8_e4m3fn).view(-1, N), scale.squeeze(-1)
+
+    with torch.no_grad():
+        compiled = tilewright.compile(run, fullgraph=True, verify=True)
+        compiled(*tensors(M))
+    assert compiled.fusion_report.counts == {"rms_norm_quant": 1}
+    assert only(compiled.fusion_report).verified

@@ -382,6 +382,64 @@ def test_features_beside_a_rotation_of_any_number_of_tokens():
     assert not any("cat" in target for target in targets(compiled.fusion_report))
 
 
+def test_features_beside_a_rotation_of_a_projection_of_any_number_of_tokens():
+    """Whose result lies otherwise than what is rotated."""
+
+    def run(x, wide, narrow, cos, sin):
+        q, k = ((x @ w).view(*x.shape[:2], -1, DIM + 6).transpose(1, 2) for w in (wide, narrow))
+        return rotated_parts([DIM, 6])(q, k, cos, sin)
+
+    x, tables = torch.randn(2, 7, 16), torch.randn(2, 9, DIM // 2)
+    torch._dynamo.mark_dynamic(x, 1)
+    given = x, torch.randn(16, 4 * (DIM + 6)), torch.randn(16, 3 * (DIM + 6)), *tables
+    compiled = tilewright.compile(run, fullgraph=True)
+    for got, wanted in zip(compiled(*given), run(*given), strict=True):
+        assert torch.equal(got, wanted)
+        assert got.stride() == wanted.stride()
+    assert compiled.fusion_report.counts == {"rope_qk": 1}
+    assert not any("cat" in target for target in targets(compiled.fusion_report))
+
+
+@pytest.mark.parametrize("others", [512, 7])
+def test_heads_that_one_call_does_not_take_are_rotated_in_parts(others):
+    def run(q, k, cos, sin):
+        return [torch.cat((x[..., :others], tilewright.rope(x[..., others:], cos, sin)), -1) for x in (q, k)]
+
+    q, k = (torch.randn(1, 3, heads, others + DIM) for heads in (4, 1))
+    report = report_of(run, q, k, *torch.randn(2, 3, DIM // 2), exact=True)
+    assert report.counts == {"rope_qk": 1}
+    assert any("cat" in target for target in targets(report))
+
+
+@torch._inductor.config.patch(force_pointwise_cat=True)
+def test_features_that_inductor_puts_beside_a_rotation():
+    """In the kernel that multiplies, as it does on GPUs."""
+
+    def run(q, k, cos, sin):
+        return [2 * y for y in rotated_parts([DIM, 6])(q, k, cos, sin)]
+
+    q, k = (torch.randn(2, heads, 3, DIM + 6) for heads in (4, 2))
+    report = report_of(run, q, k, *torch.randn(2, 3, DIM // 2), exact=True)
+    assert report.counts == {"rope_qk": 1}
+    assert only(report).kernels == (2, 1)
+    reasons = [d.reason for d in report.decisions if d.rule == "partial_rope"]
+    assert len(reasons) == 2
+    assert all("beside it in the kernel of mul" in reason for reason in reasons)
+
+
+@pytest.mark.parametrize("order", ["q k iq ik", "q iq k ik", "iq q ik k"])
+def test_rotations_that_inductor_makes_take_no_partner_away(order):
+    def run(q, k, iq, ik, cos, sin):
+        given = {"q": q, "k": k, "iq": iq, "ik": ik}
+        turned = {name: given[name] * cos + rotate_half(given[name]) * sin for name in order.split()}
+        return turned["q"], turned["k"], turned["iq"].abs().amax(-1), turned["ik"].abs().amax(-1)
+
+    given = (torch.randn(2, heads, 5, DIM) for heads in (4, 4, 2, 1))
+    report = report_of(run, *given, *torch.randn(2, 5, DIM))
+    assert report.counts == {"rope_qk": 1}
+    assert "kernel of abs" in only(report, "refused").reason
+
+
 def rotated_parts(sizes, rotary_dim=None):
     def joined(x, cos, sin):
         parts = list(x.split(sizes, -1))

@@ -59,7 +59,7 @@ def _run(node: Node, known: Mapping[Node, Any]) -> Any:
         return operator.getitem(*args)
     if node.target in _DIVISIONS and isinstance(args[1], float | int) and args[0].dtype == torch.float32:
         # On a GPU PyTorch would multiply by the number's rounded reciprocal; the graph asks for a division.
-        args = args[0], torch.tensor(args[1], dtype=torch.float32, device=args[0].device), *args[2:]
+        return torch.div(args[0], torch.tensor(args[1], dtype=torch.float32, device=args[0].device))
     return node.target(*args, **kwargs)  # type: ignore[operator]
 
 

@@ -7,6 +7,7 @@ from typing import Any
 from tilewright.fusion.forms import Piece, is_last, piece, shape_of
 from tilewright.fusion.found import Found
 from tilewright.fusion.graph import aten, is_call, same_shape, same_size
+from tilewright.ops.rope.call import MAX_HEAD_DIM
 
 
 def among_others(found: Found) -> Found:
@@ -20,7 +21,7 @@ def among_others(found: Found) -> Found:
     joined = next(iter(y.users))
     if not is_call(joined, aten.cat.default) or not is_last((*joined.args, 0)[1], joined):
         return found
-    if not same_shape(shape_of(joined), shape_of(part.source)):
+    if not same_shape(shape_of(joined), shape_of(part.source)) or not _is_head(shape_of(joined)[-1]):
         return found
     start: Any = 0
     nodes = [*part.nodes, joined]
@@ -37,3 +38,8 @@ def among_others(found: Found) -> Found:
     options |= {"rotary_dim": width, "rotary_offset": part.start + options["rotary_offset"]}
     inputs = {**found.inputs, "x": part.source}
     return Found(found.kind, found.source, inputs, options, {"y": joined}, found.nodes.union(nodes), alone=found)
+
+
+def _is_head(features: Any) -> bool:
+    """Whether one call takes heads of so many features."""
+    return isinstance(features, int) and features % 2 == 0 and features <= MAX_HEAD_DIM

@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import operator
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.fx import Node
 
-from tilewright.fusion.graph import RESHAPES, CannotBuild, aten, depends, is_call, seen_through, value, wanted
+from tilewright.fusion.graph import (
+    RESHAPES,
+    CannotBuild,
+    aten,
+    depends,
+    hint,
+    is_call,
+    same_size,
+    seen_through,
+    value,
+    wanted,
+)
 from tilewright.fusion.rule import Proposal, Refusal
 
 if TYPE_CHECKING:
@@ -49,21 +61,25 @@ class RopePair:
     def propose(self, graph: Graph, index: Index) -> Iterator[Proposal | Refusal]:
         """Pairs in the order of the graph, then those that would be pairs without what they carry along."""
         left: list[Found] = []
-        for pair in pairs(index, index.of("rope"), left):
-            yield self._candidate(pair)
-        alone: list[Found] = []
-        for pair in pairs(index, [found.alone or found for found in left], alone):
-            yield self._candidate(pair)
-        for found in _followers(index, alone):
+        for pair in self._free_pairs(index, [_kept(found) for found in index.of("rope")], left):
+            yield self._proposal(*pair)
+            parts = [found.alone for found in pair if found.alone is not None]
+            for part in self._free_pairs(index, parts, []):  # which save less: for where the whole cannot be made
+                yield self._proposal(*part)
+        last: list[Found] = []
+        for pair in self._free_pairs(index, [found.alone or found for found in left], last):
+            yield self._proposal(*pair)
+        single: list[Found] = []
+        for pair in pairs(index, last, single):  # of which Inductor rotates one at least
+            yield _not_worth(pair)
+        for found in _followers(index, single):
             yield Refusal(found.outputs["y"], "the second tensor is computed from the first one's rotation")
 
-    def _candidate(self, pair: tuple[Found, Found]) -> Proposal | Refusal:
-        for found in pair:
-            user = inlining(found)
-            if user is not None:
-                why = f"Inductor rotates it in the kernel of {user.name}; a launch for both would save none"
-                return Refusal(pair[0].outputs["y"], f"{found.outputs['y'].name}: {why}")
-        return self._proposal(*pair)
+    def _free_pairs(self, index: Index, rotations: Sequence[Found], left: list[Found]) -> Iterator[tuple[Found, Found]]:
+        """The pairs of those that nobody inlines; all others are put into ``left``, in their order."""
+        single: list[Found] = []
+        yield from pairs(index, [found for found in rotations if inlining(found) is None], single)
+        left += [found for found in rotations if found in single or inlining(found) is not None]
 
     def _proposal(self, q: Found, k: Found) -> Proposal:
         tensors, results = (q.tensor("x"), k.tensor("x")), (q.outputs["y"], k.outputs["y"])
@@ -72,7 +88,7 @@ class RopePair:
 
         def build(editor: Editor) -> Mapping[Node, Node]:
             table = _table(editor, q, tensors[0])
-            strides = {"q_strides": _strides(q), "k_strides": _strides(k)}
+            strides = {"q_strides": _strides(editor, q), "k_strides": _strides(editor, k)}
             call = editor.call(torch.ops.tilewright.rope_qk.default, *tensors, **table, **options, **strides)
             return {old: editor.item(call, place) for place, old in enumerate(results)}
 
@@ -144,6 +160,27 @@ def _moved(found: Found) -> tuple[Node, ...]:
     return (*_moved(found.alone), y, y) if found.alone is not None and _is_joined(found) else (x, y)
 
 
+def _kept(found: Found) -> Found:
+    """A rotation; without the other features where Inductor puts them beside it in a kernel that is needed anyway."""
+    return found.alone if found.alone is not None and _joining(found) is not None else found
+
+
+def _joining(found: Found) -> Node | None:
+    """The kernel that reads what is rotated and what is not from two places; None if a ``cat`` is needed before it.
+
+    Inductor leaves out a ``cat`` where it is read by what it computes itself, but for CPUs.
+    """
+    y = found.outputs["y"]
+    leaves_out = value(y).device.type != "cpu" or torch._inductor.config.force_pointwise_cat
+    return _inlining(y) if _is_joined(found) and leaves_out else None
+
+
+def _not_worth(pair: tuple[Found, Found]) -> Refusal:
+    found, user = next((each, user) for each in pair if (user := inlining(each)) is not None)
+    why = f"Inductor rotates it in the kernel of {user.name}; a launch for both would save none"
+    return Refusal(pair[0].outputs["y"], f"{found.outputs['y'].name}: {why}")
+
+
 def inlining(found: Found) -> Node | None:
     """The kernel that computes a rotation in plain PyTorch as it reads it; None if none does.
 
@@ -166,8 +203,9 @@ def _inlining(node: Node) -> Node | None:
 
 def _is_generated(node: Node) -> bool:
     """Whether Inductor computes a node in a kernel of its own making, together with what comes before."""
-    pointwise = isinstance(node.target, torch._ops.OpOverload) and torch.Tag.pointwise in node.target.tags
-    return pointwise or is_call(node, *_GENERATED)
+    target = node.target
+    own = isinstance(target, torch._ops.OpOverload) and target.namespace in ("aten", "prims")
+    return is_call(node, *_GENERATED) or (own and torch.Tag.pointwise in target.tags)  # type: ignore[union-attr]
 
 
 class PartialRope:
@@ -181,16 +219,22 @@ class PartialRope:
 
     def propose(self, graph: Graph, index: Index) -> Iterator[Proposal | Refusal]:
         """One candidate for each; in plain PyTorch Inductor makes one kernel of it."""
-        for found in index.of("rope"):
-            if _is_joined(found):
+        for found in filter(_is_joined, index.of("rope")):
+            user = _joining(found)
+            if user is None:
                 yield self._proposal(found)
+            else:
+                why = (
+                    f"Inductor puts the other features beside it in the kernel of {user.name}; no launch would be saved"
+                )
+                yield Refusal(found.outputs["y"], why)
 
     def _proposal(self, found: Found) -> Proposal:
         x, y = found.tensor("x"), found.outputs["y"]
         table = tuple(node for node in map(found.inputs.get, _TABLE) if node is not None)
 
         def build(editor: Editor) -> Mapping[Node, Node]:
-            given = {**found.options, **_table(editor, found, x), "strides": _strides(found)}
+            given = {**found.options, **_table(editor, found, x), "strides": _strides(editor, found)}
             return {y: editor.call(torch.ops.tilewright.rope.default, x, **given)}
 
         return Proposal(
@@ -340,13 +384,27 @@ def _different(norms: tuple[Found, Found], pair: tuple[Found, Found]) -> str:
     return "the operations ask for different implementations" if len(asked) > 1 else ""
 
 
-def _strides(found: Found) -> list[int] | None:
+def _strides(editor: Editor, found: Found) -> list[int | Node] | None:
     """In which order the result lies: as its form has it, where the operator would choose otherwise."""
     if "strides" in found.options:
-        given: list[int] | None = found.options["strides"]
+        given: list[int | Node] | None = found.options["strides"]
         return given
-    strides = value(found.outputs["y"]).stride()
-    return list(strides) if all(isinstance(stride, int) for stride in strides) else None
+    y, x = value(found.outputs["y"]), found.tensor("x")
+    strides = list(y.stride())
+    if all(isinstance(stride, int) for stride in strides):
+        return strides
+    # Some size is symbolic: strides are products of sizes, if there are no gaps.
+    running: int | Node = 1
+    given = [1] * len(strides)
+    for dim in sorted(range(len(strides)), key=lambda dim: hint(strides[dim])):
+        so_far = value(running) if isinstance(running, Node) else running
+        if not same_size(strides[dim], so_far):
+            return None
+        given[dim] = running
+        size = editor.size(x, dim)
+        both_numbers = isinstance(running, int) and isinstance(size, int)
+        running = running * size if both_numbers else editor.call(operator.mul, running, size)  # type: ignore[operator]
+    return given
 
 
 def _table(editor: Editor, found: Found, x: Node) -> dict[str, Any]:
