@@ -20,6 +20,7 @@ from tilewright.fusion.graph import (
     value,
     wanted,
 )
+from tilewright.fusion.inductor import inlining, joining
 from tilewright.fusion.rule import Proposal, Refusal
 
 if TYPE_CHECKING:
@@ -35,15 +36,6 @@ _NORM = ("eps", "weight_offset", "cast")
 _ONE_AT_A_TIME = ("strides",)
 _NOT_WITH_NORMS = ("strides", "inverse", "transpose", "numerics")
 _OF_THE_FORM = ("table", "products", "batched")
-_GENERATED = (
-    aten.cat.default,
-    aten.amax.default,
-    aten.amin.default,
-    aten.sum.dim_IntList,
-    aten.mean.dim,
-    aten.var_mean.correction,
-)
-"""Operators whose kernels Inductor generates, besides those that work element by element."""
 
 
 class RopePair:
@@ -78,8 +70,8 @@ class RopePair:
     def _free_pairs(self, index: Index, rotations: Sequence[Found], left: list[Found]) -> Iterator[tuple[Found, Found]]:
         """The pairs of those that nobody inlines; all others are put into ``left``, in their order."""
         single: list[Found] = []
-        yield from pairs(index, [found for found in rotations if inlining(found) is None], single)
-        left += [found for found in rotations if found in single or inlining(found) is not None]
+        yield from pairs(index, [found for found in rotations if _inlining(found) is None], single)
+        left += [found for found in rotations if found in single or _inlining(found) is not None]
 
     def _proposal(self, q: Found, k: Found) -> Proposal:
         tensors, results = (q.tensor("x"), k.tensor("x")), (q.outputs["y"], k.outputs["y"])
@@ -166,46 +158,19 @@ def _kept(found: Found) -> Found:
 
 
 def _joining(found: Found) -> Node | None:
-    """The kernel that reads what is rotated and what is not from two places; None if a ``cat`` is needed before it.
+    """The kernel that reads what is rotated and what is not from two places; None if they are joined before it."""
+    return joining(found.outputs["y"]) if _is_joined(found) else None
 
-    Inductor leaves out a ``cat`` where it is read by what it computes itself, but for CPUs.
-    """
-    y = found.outputs["y"]
-    leaves_out = value(y).device.type != "cpu" or torch._inductor.config.force_pointwise_cat
-    return _inlining(y) if _is_joined(found) and leaves_out else None
+
+def _inlining(found: Found) -> Node | None:
+    """The kernel that computes a rotation in plain PyTorch as it reads it; None if none does."""
+    return inlining(found.outputs["y"]) if found.source == "aten" else None
 
 
 def _not_worth(pair: tuple[Found, Found]) -> Refusal:
-    found, user = next((each, user) for each in pair if (user := inlining(each)) is not None)
+    found, user = next((each, user) for each in pair if (user := _inlining(each)) is not None)
     why = f"Inductor rotates it in the kernel of {user.name}; a launch for both would save none"
     return Refusal(pair[0].outputs["y"], f"{found.outputs['y'].name}: {why}")
-
-
-def inlining(found: Found) -> Node | None:
-    """The kernel that computes a rotation in plain PyTorch as it reads it; None if none does.
-
-    One does where the rotation goes into nothing but kernels that Inductor makes: they are needed with or without it.
-    """
-    return _inlining(found.outputs["y"]) if found.source == "aten" else None
-
-
-def _inlining(node: Node) -> Node | None:
-    """The first of the operations that a node goes into, if Inductor computes all of them itself; else None."""
-    first = None
-    for user in node.users:
-        shown = is_call(user, aten.expand.default, aten.permute.default) or seen_through(user) is node
-        into = user if _is_generated(user) else _inlining(user) if shown else None
-        if into is None:
-            return None
-        first = first or into
-    return first
-
-
-def _is_generated(node: Node) -> bool:
-    """Whether Inductor computes a node in a kernel of its own making, together with what comes before."""
-    target = node.target
-    own = isinstance(target, torch._ops.OpOverload) and target.namespace in ("aten", "prims")
-    return is_call(node, *_GENERATED) or (own and torch.Tag.pointwise in target.tags)  # type: ignore[union-attr]
 
 
 class PartialRope:
@@ -224,10 +189,8 @@ class PartialRope:
             if user is None:
                 yield self._proposal(found)
             else:
-                why = (
-                    f"Inductor puts the other features beside it in the kernel of {user.name}; no launch would be saved"
-                )
-                yield Refusal(found.outputs["y"], why)
+                why = f"Inductor puts the other features beside it in the kernel of {user.name}"
+                yield Refusal(found.outputs["y"], f"{why}; no launch would be saved")
 
     def _proposal(self, found: Found) -> Proposal:
         x, y = found.tensor("x"), found.outputs["y"]
