@@ -450,6 +450,42 @@ def rotated_parts(sizes, rotary_dim=None):
     return lambda q, k, cos, sin: [joined(x, cos, sin) for x in (q, k)]
 
 
+@pytest.mark.parametrize("positions", ["counted", "given"])
+@pytest.mark.parametrize("carries", [False, True], ids=["all features", "some features"])
+@pytest.mark.parametrize("also_used", [False, True], ids=["quantised", "and used"])
+def test_rotations_that_are_quantised(positions, carries, also_used):
+    """As in the indexer of sparse attention."""
+
+    def run(q, k, cos, sin, places):
+        given = places if positions == "given" else None
+        results = []
+        for x in (q, k):
+            turned = tilewright.rope(x[..., :DIM] if carries else x, cos, sin, position_ids=given, rotary_dim=DIM)
+            y = torch.cat((turned, x[..., DIM:]), -1) if carries else turned
+            results += tilewright.quant_fp8(y.view(-1, y.shape[-1]), group_size=32)
+            results += [y] if also_used and x is q else []
+        return results
+
+    q, k = (torch.randn(2, 3, heads, DIM + 6 * carries) for heads in (4, 1))
+    places = torch.tensor([[2, 0, 1], [1, 1, 2]])
+    report = report_of(run, q, k, *torch.randn(2, 3, DIM // 2), places, exact=True)
+    assert report.counts == {"rope_quant": 2}
+    fused = [d for d in report.decisions if d.action == "fused"]
+    assert all(d.kernels == (2 + carries, 1) for d in fused)
+    assert any("written for others" in d.reason for d in fused) == also_used
+    assert "tilewright.quant_fp8.default" not in targets(report)
+    assert "tilewright.rope.default" not in targets(report)
+
+
+@pytest.mark.parametrize("options", [{"inverse": True}, {"offsets": 1}], ids=str)
+def test_rotations_that_are_not_quantised_in_one_launch(options):
+    def run(x, cos, sin):
+        return tilewright.quant_fp8(tilewright.rope(x, cos, sin, **options), group_size=32)
+
+    report = report_of(run, torch.randn(2, 3, 4, DIM), *torch.randn(2, 5, DIM // 2), exact=True)
+    assert not report.counts
+
+
 def test_features_in_another_order_stay_beside_a_rotation():
     def run(q, k, cos, sin):
         return [torch.cat((x[..., DIM:], tilewright.rope(x[..., :DIM], cos, sin, layout="bhsd")), -1) for x in (q, k)]

@@ -16,6 +16,7 @@ from tilewright import (
     numerics,
     quant_fp8,
     rms_norm_quant_fp8,
+    rope_quant_fp8,
     scaled_mm_fp8,
     silu_mul_quant_fp8,
     use,
@@ -80,6 +81,19 @@ def test_opcheck(target, name):
 
 
 @pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("positions", ["counted", "given"])
+def test_opcheck_of_a_rotation(target, positions):
+    x, tables = random(target, 2, 3, 4, 96), [random(target, 5, 32, dtype=torch.float32, seed=seed) for seed in (1, 2)]
+    given = torch.tensor([[4, 0, 1]], device=target.device) if positions == "given" else None
+    two = [text(f, target.device) for f in (QuantFormat(), MX)]
+    for layout in ("bshd", "bhsd"):
+        at = x if layout == "bshd" else x.transpose(1, 2).contiguous()
+        args = at, *tables
+        options = (layout, False, 64, 16, "exact", target.implementation)
+        torch.library.opcheck(OPERATORS.rope_quant_fp8.default, (*args, given, None, two, True, *options))
+
+
+@pytest.mark.parametrize("target", TARGETS)
 def test_opcheck_of_a_given_scale(target):
     x, scale, one = random(target, 5, 300), torch.full((1,), 0.1, device=target.device), [text(MX, target.device)]
     with pytest.raises(ArgumentError, match="group_size"):
@@ -125,11 +139,13 @@ def test_the_operator_is_the_function():
 
 # Gradients are refused, never dropped.
 
+TURNS = torch.randn(2, 1, 150)
 REFUSED = {
     "quant_fp8": lambda x, w, **k: quant_fp8(x, **k),
     "rms_norm_quant_fp8": rms_norm_quant_fp8,
     "add_rms_norm_quant_fp8": lambda x, w, **k: add_rms_norm_quant_fp8(x.detach(), x, w, **k),
     "silu_mul_quant_fp8": lambda x, w, **k: silu_mul_quant_fp8(x, **k),
+    "rope_quant_fp8": lambda x, w, **k: rope_quant_fp8(x[:, None, None, :], *TURNS.to(x.device), **k),
 }
 
 

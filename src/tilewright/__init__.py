@@ -30,6 +30,7 @@ if TYPE_CHECKING:
         dequant_fp8,
         quant_fp8,
         rms_norm_quant_fp8,
+        rope_quant_fp8,
         scaled_mm_fp8,
         silu_mul_quant_fp8,
     )
@@ -67,6 +68,7 @@ _HOME = {
     "rope_table": "tilewright.ops.rope.table",
     "RopeTable": "tilewright.ops.rope.table",
     "scaled_mm_fp8": "tilewright.ops.quant_fp8.api",
+    "rope_quant_fp8": "tilewright.ops.quant_fp8.api",
     "silu_mul_quant_fp8": "tilewright.ops.quant_fp8.api",
     "use": "tilewright.dispatch",
 }
@@ -100,6 +102,7 @@ __all__ = [
     "rope",
     "rope_from_angles",
     "rope_qk",
+    "rope_quant_fp8",
     "rope_table",
     "scaled_mm_fp8",
     "silu_mul_quant_fp8",

@@ -38,7 +38,7 @@ FORMS: dict[str, type[Parts]] = {"operators": Parts, "plain PyTorch": PlainParts
 """In what the layer is written."""
 
 _QUANTISED = {"add_rms_norm_quant": 2, "rms_norm_quant": 2, "silu_mul_quant": 1}
-EXPECTED = {"operators": _QUANTISED | {"rope_qk": 1, "partial_rope": 1}, "plain PyTorch": _QUANTISED}
+EXPECTED = {"operators": _QUANTISED | {"rope_quant": 2, "partial_rope": 1}, "plain PyTorch": _QUANTISED}
 """What fuses in a layer. In plain PyTorch, Inductor rotates queries and keys as it copies or quantises them anyway."""
 
 ROUNDS = 3

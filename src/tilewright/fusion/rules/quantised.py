@@ -1,7 +1,7 @@
 """Something that is quantised to FP8, once or several times, and may be used otherwise too: one kernel for all of it.
 
-The producer is a norm, a norm of a sum, or a gated SiLU. Whoever else uses what it computes gets it from the same
-kernel, which writes it only then.
+The producer is a norm, a norm of a sum, a gated SiLU or a rotation. Whoever else uses what it computes gets it from
+the same kernel, which writes it only then.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch.fx import Node
 
 from tilewright.fusion.graph import aten, depends, is_call, origin, same_shape, value, wanted
 from tilewright.fusion.rule import Proposal, Refusal, unite
-from tilewright.ops.quant_fp8.call import MAX_FORMATS
+from tilewright.ops.quant_fp8.call import EMITS, MAX_FORMATS, SOURCES
 from tilewright.ops.quant_fp8.format import QuantFormat, encoded
 
 if TYPE_CHECKING:
@@ -26,6 +26,16 @@ if TYPE_CHECKING:
     from tilewright.fusion.graph import Editor
 
 _NORM_OPTIONS = ("eps", "weight_offset", "cast")
+_ROPE_OPTIONS = ("layout", "interleaved", "rotary_dim", "rotary_offset", "numerics")
+_PLAIN_ROPE = {
+    "offset": 0,
+    "context_parallel": None,
+    "mrope_section": None,
+    "mrope_interleaved": False,
+    "inverse": False,
+    "transpose": False,
+}
+"""What a rotation that is quantised in the same launch does not do."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +94,24 @@ def activations(index: Index) -> Iterator[Producer]:
     """Every gated SiLU."""
     for found in index.of("silu_mul"):
         yield Producer(found, found.outputs["y"], (found.tensor("x"),), {}, None, found.nodes)
+
+
+def rotations(index: Index) -> Iterator[Producer]:
+    """Every rotation of the library's own by counted or given positions, with the features that it carries along.
+
+    In plain PyTorch Inductor makes one kernel of a rotation and its quantisation.
+    """
+    for found in index.of("rope"):
+        if found.source == "tilewright" and _is_plain(found):
+            options = {name: found.options[name] for name in _ROPE_OPTIONS}
+            tensors = (*map(found.tensor, ("x", "cos", "sin")), found.inputs["position_ids"])
+            yield Producer(found, found.outputs["y"], tensors, options, None, found.nodes)
+
+
+def _is_plain(found: Found) -> bool:
+    """Whether one call rotates and quantises so."""
+    placed = found.inputs["offsets"] is not None or found.inputs["cu_seqlens"] is not None
+    return not placed and all(found.options[name] == plain for name, plain in _PLAIN_ROPE.items())
 
 
 def is_sum(node: Node) -> bool:
@@ -169,7 +197,7 @@ class QuantisedRule:
             return built
 
         results = [node for same in group for node in same[0].outputs.values()]
-        before = [*producer.moved, producer.y]
+        before = [*producer.moved, producer.y, *_joined(producer)]
         for found in taken:
             before += [producer.y, *found.outputs.values()]
         after = [*producer.moved, *results, *([producer.y] if emits else [])]
@@ -181,7 +209,7 @@ class QuantisedRule:
             done=_told(taken, group, n_consumers, emits=emits),
             moved_before=tuple(before),
             moved_after=tuple(after),
-            kernels=(1 + len(taken) + (producer.stored is not None and producer.found.kind == "rms_norm"), 1),
+            kernels=(1 + len(taken) + _is_made_of_two(producer), 1),
             differences=("ue8m0_log2",) if any(found.options.get("powers") == "log2" for found in taken) else (),
             asks=self._asks(producer, formats, scale, emits, impl),
         )
@@ -198,8 +226,23 @@ class QuantisedRule:
                 "scale_format": first.scale_format,
                 "scale_layout": first.scale_layout,
             }
-        emitted = "return_activation" if self.replacement == "silu_mul_quant_fp8" else "return_norm"
-        return self.replacement, producer.tensors, options | keywords | {emitted: emits, "impl": impl}
+        keywords |= {EMITS[SOURCES[self.replacement]]: emits, "impl": impl}
+        tensors = producer.tensors
+        if producer.found.kind == "rope":
+            tensors, keywords["position_ids"] = tensors[:3], tensors[3]
+        return self.replacement, tensors, options | keywords
+
+
+def _joined(producer: Producer) -> tuple[Node, ...]:
+    """What a kernel reads, and what is written for it, that puts other features beside those that are rotated."""
+    alone = producer.found.alone
+    return () if alone is None else (alone.outputs["y"], producer.y)
+
+
+def _is_made_of_two(producer: Producer) -> bool:
+    """Whether two kernels compute what is quantised: a sum and its norm, or a rotation and the features beside it."""
+    sums = producer.stored is not None and producer.found.kind == "rms_norm"
+    return sums or producer.found.alone is not None
 
 
 def _format(found: Found) -> QuantFormat:
@@ -256,5 +299,12 @@ RULES = (
         "silu_mul_quant_fp8",
         "silu rounded before it multiplies and the product before it is quantised, as the operators do one by one",
         activations,
+    ),
+    QuantisedRule(
+        "rope_quant",
+        "a rotation of each head, quantised to FP8 at least once, and any other users of it",
+        "rope_quant_fp8",
+        "the values and scales of quant_fp8 on rope bit for bit: what is quantised is rounded first",
+        rotations,
     ),
 )

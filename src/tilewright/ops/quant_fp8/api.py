@@ -10,7 +10,7 @@ from tilewright.dispatch import Operation
 from tilewright.dispatch.eager import unobserved
 from tilewright.dispatch.selection import bound, override
 from tilewright.errors import ArgumentError, DTypeError
-from tilewright.ops.quant_fp8.call import Inputs, Options, describe
+from tilewright.ops.quant_fp8.call import EMITS, Inputs, Options, describe
 from tilewright.ops.quant_fp8.dequant_call import DequantInputs, describe_dequant
 from tilewright.ops.quant_fp8.format import QuantFormat
 from tilewright.ops.quant_fp8.keywords import format_of, formats_of, texts_of
@@ -26,8 +26,15 @@ from tilewright.ops.quant_fp8.op import (
     run_registered,
 )
 from tilewright.ops.quant_fp8.reference import scaled_mm
-from tilewright.ops.quant_fp8.results import ActivationQuantized, AddNormQuantized, NormQuantized, Quantized
+from tilewright.ops.quant_fp8.results import (
+    ActivationQuantized,
+    AddNormQuantized,
+    NormQuantized,
+    Quantized,
+    RotationQuantized,
+)
 from tilewright.ops.rms_norm import call as norm
+from tilewright.ops.rope import call as rope
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -39,7 +46,11 @@ ScaleFormat = Literal["fp32", "ue8m0", "ue8m0_fp32", "ue8m0_packed"]
 ScaleLayout = Literal["row", "column", "tma_aligned"]
 Cast = Literal["before_weight", "after_weight"]
 ResidualRounding = Literal["rounded", "exact"]
+Layout = Literal["bshd", "sbhd", "bhsd", "thd"]
+Numerics = Literal["exact", "hf"]
 _NO_NORM = norm.Options()
+_NO_ROPE = rope.Options()
+_NO_TABLE = (None, None, None)
 
 
 def quant_fp8(
@@ -101,7 +112,7 @@ def quant_fp8(
         (torch.float8_e4m3fn, torch.Size([4, 56]))
     """
     formats = (format_of(group_size, scale_format, scale_layout, dtype, policy),)
-    results = _run("quant_fp8", (x, None, None, scale), (formats, False, _NO_NORM), impl)
+    results = _run("quant_fp8", (x, None, None, scale, *_NO_TABLE), (formats, False, _NO_NORM, _NO_ROPE), impl)
     return Quantized(results[0], results[1] if scale is None else scale)
 
 
@@ -161,8 +172,8 @@ def rms_norm_quant_fp8(
     """
     name = "rms_norm_quant_fp8"
     formats = formats_of(format_of(group_size, scale_format, scale_layout, dtype, policy), also, name)
-    options = (formats, return_norm, (eps, weight_offset, cast, "rounded"))
-    results = _run(name, (x, None, weight, scale), options, impl)
+    options = (formats, return_norm, (eps, weight_offset, cast, "rounded"), _NO_ROPE)
+    results = _run(name, (x, None, weight, scale, *_NO_TABLE), options, impl)
     pairs, rest = _pairs(results, scale, len(formats))
     return NormQuantized(*pairs[0], rest[0] if rest else None, pairs[1:])
 
@@ -227,8 +238,8 @@ def add_rms_norm_quant_fp8(
     """
     name = "add_rms_norm_quant_fp8"
     formats = formats_of(format_of(group_size, scale_format, scale_layout, dtype, policy), also, name)
-    options = (formats, return_norm, (eps, weight_offset, cast, residual_rounding))
-    results = _run(name, (x, residual, weight, scale), options, impl)
+    options = (formats, return_norm, (eps, weight_offset, cast, residual_rounding), _NO_ROPE)
+    results = _run(name, (x, residual, weight, scale, *_NO_TABLE), options, impl)
     pairs, rest = _pairs(results, scale, len(formats))
     return AddNormQuantized(*pairs[0], rest[0], rest[1] if len(rest) > 1 else None, pairs[1:])
 
@@ -280,9 +291,81 @@ def silu_mul_quant_fp8(
     """
     name = "silu_mul_quant_fp8"
     formats = formats_of(format_of(group_size, scale_format, scale_layout, dtype, policy), also, name)
-    results = _run(name, (x, None, None, scale), (formats, return_activation, _NO_NORM), impl)
+    results = _run(name, (x, None, None, scale, *_NO_TABLE), (formats, return_activation, _NO_NORM, _NO_ROPE), impl)
     pairs, rest = _pairs(results, scale, len(formats))
     return ActivationQuantized(*pairs[0], rest[0] if rest else None, pairs[1:])
+
+
+def rope_quant_fp8(
+    x: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    *,
+    layout: Layout = "bshd",
+    interleaved: bool = False,
+    position_ids: torch.Tensor | None = None,
+    rotary_dim: int | None = None,
+    rotary_offset: int = 0,
+    numerics: Numerics = "exact",
+    scale: torch.Tensor | None = None,
+    group_size: int | None = 128,
+    scale_format: ScaleFormat = "fp32",
+    scale_layout: ScaleLayout = "row",
+    dtype: torch.dtype | None = None,
+    policy: QuantPolicy | str = "exact",
+    also: Sequence[QuantFormat] = (),
+    return_rotated: bool = False,
+    impl: str | None = None,
+) -> RotationQuantized:
+    """Rotate pairs of features as :func:`tilewright.rope` does, and quantise each head to FP8, in one launch.
+
+    What is quantised is rounded to the dtype of ``x`` first, so that values and scales are those of
+    :func:`tilewright.quant_fp8` on the rotation, bit for bit; a policy with ``round_input=False`` leaves that out.
+
+    Args:
+        x: ``[B, S, H, D]`` in the order that ``layout`` says, or ``[T, H, D]``, bfloat16, float16 or float32, any
+            strides; D even, 2 to 512.
+        cos: as in :func:`tilewright.rope`.
+        sin: as in :func:`tilewright.rope`.
+        layout: as in :func:`tilewright.rope`.
+        interleaved: as in :func:`tilewright.rope`.
+        position_ids: as in :func:`tilewright.rope`, ``[S]`` or ``[B, S]``.
+        rotary_dim: as in :func:`tilewright.rope`.
+        rotary_offset: as in :func:`tilewright.rope`.
+        numerics: as in :func:`tilewright.rope`.
+        scale: as in :func:`tilewright.quant_fp8`.
+        group_size: as in :func:`tilewright.quant_fp8`; groups lie within a head.
+        scale_format: as in :func:`tilewright.quant_fp8`.
+        scale_layout: as in :func:`tilewright.quant_fp8`.
+        dtype: as in :func:`tilewright.quant_fp8`.
+        policy: as in :func:`tilewright.quant_fp8`.
+        also: at most two more formats in which the same rotation is quantised in the same launch.
+        return_rotated: also return the rotation.
+        impl: as in :func:`tilewright.quant_fp8`.
+
+    Returns:
+        ``RotationQuantized(values, scales, rotated, also)``: values of the shape of ``x``; ``rotated`` is None unless
+        ``return_rotated``. Not differentiable.
+
+    Raises:
+        ArgumentError: as :func:`tilewright.quant_fp8` and :func:`tilewright.rope`, or too many formats.
+        DTypeError: likewise.
+        ImplementationError: as :func:`tilewright.quant_fp8`.
+
+    Example:
+        >>> import torch, tilewright
+        >>> cos, sin = tilewright.rope_table(64, 16)
+        >>> result = tilewright.rope_quant_fp8(torch.randn(1, 16, 4, 128), cos, sin)
+        >>> result.values.shape, result.scales.shape
+        (torch.Size([1, 16, 4, 128]), torch.Size([1, 16, 4, 1]))
+    """
+    name = "rope_quant_fp8"
+    formats = formats_of(format_of(group_size, scale_format, scale_layout, dtype, policy), also, name)
+    turned = (layout, interleaved, rotary_dim, rotary_offset, None, None, False, False, False, numerics)
+    inputs = (x, None, None, scale, cos, sin, position_ids)
+    results = _run(name, inputs, (formats, return_rotated, _NO_NORM, turned), impl)
+    pairs, rest = _pairs(results, scale, len(formats))
+    return RotationQuantized(*pairs[0], rest[0] if rest else None, pairs[1:])
 
 
 def dequant_fp8(
@@ -418,8 +501,9 @@ def _describe(function: Callable[..., Any]) -> Callable[..., Described]:
         tensors: dict[str, Any] = {field: given.get(field) for field in Inputs._fields}
         inputs = Inputs(**tensors)
         normed = norm.Options(**{field: given[field] for field in norm.Options._fields if field in given})
-        emit = given.get("return_norm", given.get("return_activation", False))
-        options = Options(formats_of(own, given.get("also", ()), name), emit, normed)
+        turned = rope.Options(**{field: given[field] for field in rope.Options._fields if field in given})
+        emit = next((given[keyword] for keyword in EMITS.values() if keyword in given), False)
+        options = Options(formats_of(own, given.get("also", ()), name), emit, normed, turned)
         return described(inputs, options, given["impl"], name)
 
     return describe
@@ -433,5 +517,5 @@ def _describe_dequant(*args: Any, **kwargs: Any) -> Described:
 
 OPERATIONS = {
     function.__name__: Operation(function.__name__, _describe(function), IMPLEMENTATIONS)
-    for function in (quant_fp8, rms_norm_quant_fp8, add_rms_norm_quant_fp8, silu_mul_quant_fp8)
+    for function in (quant_fp8, rms_norm_quant_fp8, add_rms_norm_quant_fp8, silu_mul_quant_fp8, rope_quant_fp8)
 } | {"dequant_fp8": Operation("dequant_fp8", _describe_dequant, DEQUANT_IMPLEMENTATIONS)}

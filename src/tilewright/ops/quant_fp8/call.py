@@ -1,7 +1,7 @@
 """What a call of an FP8 quantisation is: its tensors, its options, and the validated description of both.
 
-There are four sources of what is quantised: a tensor as it is, its RMSNorm, the RMSNorm of a sum, and the gated SiLU
-of its two halves. ``describe`` is the one place where arguments are judged.
+There are five sources of what is quantised: a tensor as it is, its RMSNorm, the RMSNorm of a sum, the gated SiLU of its
+two halves, and its rotation by a table. ``describe`` is the one place where arguments are judged.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 from tilewright.errors import ArgumentError, DTypeError
 from tilewright.ops.quant_fp8.format import QuantFormat, checked
 from tilewright.ops.rms_norm import call as norm
+from tilewright.ops.rope import call as rope
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -24,7 +25,11 @@ SOURCES = {
     "rms_norm_quant_fp8": "norm",
     "add_rms_norm_quant_fp8": "norm",
     "silu_mul_quant_fp8": "silu_mul",
+    "rope_quant_fp8": "rope",
 }
+EMITS = {"norm": "return_norm", "silu_mul": "return_activation", "rope": "return_rotated"}
+"""The keyword that asks for what is quantised, by its source."""
+
 MAX_FORMATS = 3
 _SCALE_DTYPES = {
     "fp32": torch.float32,
@@ -42,6 +47,9 @@ class Inputs(NamedTuple):
     residual: torch.Tensor | None = None
     weight: torch.Tensor | None = None
     scale: torch.Tensor | None = None
+    cos: torch.Tensor | None = None
+    sin: torch.Tensor | None = None
+    position_ids: torch.Tensor | None = None
 
 
 class Options(NamedTuple):
@@ -49,13 +57,15 @@ class Options(NamedTuple):
 
     Attributes:
         formats: one for each quantisation.
-        emit: also return what is quantised, rounded to the dtype of ``x``: the norm, or the activation.
+        emit: also return what is quantised, rounded to the dtype of ``x``: the norm, the activation or the rotation.
         norm: of the RMSNorm, if there is one.
+        rope: of the rotation, if there is one.
     """
 
     formats: tuple[QuantFormat, ...]
     emit: bool = False
     norm: norm.Options = norm.Options()
+    rope: rope.Options = rope.Options()
 
 
 @dataclass(frozen=True)
@@ -63,7 +73,7 @@ class QuantCall:
     """A valid call, as sizes, dtypes and flags. ``str`` gives the shape class that an explanation shows.
 
     Attributes:
-        source: ``"plain"``, ``"norm"`` or ``"silu_mul"``.
+        source: ``"plain"``, ``"norm"``, ``"silu_mul"`` or ``"rope"``.
         formats: checked ones, each with its dtype; where ``static``, their group size, format and layout say nothing.
         emit: whether what is quantised is returned too.
         static: whether the scale is given.
@@ -71,6 +81,7 @@ class QuantCall:
         n_cols: the length of a row of values.
         dtype: that of ``x``.
         norm: the call of the RMSNorm, if there is one.
+        rope: that of the rotation, if there is one.
     """
 
     source: str
@@ -81,6 +92,7 @@ class QuantCall:
     n_cols: int
     dtype: torch.dtype
     norm: norm.RmsNormCall | None
+    rope: rope.RopeCall | None = None
 
     @property
     def dtypes(self) -> tuple[torch.dtype, ...]:
@@ -89,7 +101,8 @@ class QuantCall:
         return (*given, *(f.dtype for f in self.formats if f.dtype is not None))
 
     def __str__(self) -> str:
-        shown = [f"{self.n_rows} rows of {self.n_cols}" if self.norm is None else str(self.norm)]
+        source = self.norm or self.rope
+        shown = [f"{self.n_rows} rows of {self.n_cols}" if source is None else str(source)]
         for f in self.formats:
             if self.static:
                 how = "by a given scale"
@@ -114,16 +127,21 @@ def describe(inputs: Inputs, options: Options, operation: str) -> QuantCall:
     if x.dtype not in INPUT_DTYPES:
         raise DTypeError(operation, "x", f"got {x.dtype}; expected bfloat16, float16 or float32")
     n_cols = x.shape[-1]
-    normed = None
+    normed = turned = None
     if source == "norm":
         normed = norm.describe(norm.Inputs(x, inputs.residual, inputs.weight), options.norm, operation)
     elif source == "silu_mul":
         if n_cols % 2:
             raise ArgumentError(operation, "x", f"got shape {tuple(x.shape)}; expected [..., 2 N], gate then up")
         n_cols //= 2
+    elif source == "rope":
+        for name, table in (("cos", inputs.cos), ("sin", inputs.sin)):
+            if not isinstance(table, torch.Tensor):
+                raise DTypeError(operation, name, f"got {type(table).__name__}; expected a tensor")
+        turned = rope.describe(rope_inputs(inputs), 0, options.rope, operation)
     emit: Any = options.emit
     if not isinstance(emit, bool):
-        emits = {"norm": "return_norm", "silu_mul": "return_activation"}[source]
+        emits = EMITS[source]
         raise DTypeError(operation, emits, f"got {emit!r}; expected True or False")
     static = inputs.scale is not None
     if inputs.scale is not None:
@@ -137,7 +155,14 @@ def describe(inputs: Inputs, options: Options, operation: str) -> QuantCall:
         n_cols=n_cols,
         dtype=x.dtype,
         norm=normed,
+        rope=turned,
     )
+
+
+def rope_inputs(inputs: Inputs) -> rope.Inputs:
+    """The tensors of a call as those of its rotation."""
+    tables: Any = inputs.cos  # None is refused there
+    return rope.Inputs(inputs.x, None, tables, inputs.sin, inputs.position_ids, None, None)
 
 
 def _check_formats(given: Sequence[QuantFormat], x: torch.Tensor, operation: str) -> tuple[QuantFormat, ...]:

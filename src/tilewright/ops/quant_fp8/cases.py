@@ -10,22 +10,25 @@ import torch
 from tilewright.numerics import compare, compare_codes, disagreement
 from tilewright.ops.contract import Arguments
 from tilewright.ops.quant_fp8 import reference
-from tilewright.ops.quant_fp8.call import Inputs, Options, describe
+from tilewright.ops.quant_fp8.call import Inputs, Options, describe, rope_inputs
 from tilewright.ops.quant_fp8.format import QuantFormat, checked
 from tilewright.ops.rms_norm import call as norm
 from tilewright.ops.rms_norm.reference import rms_norm
+from tilewright.ops.rope import call as rope
+from tilewright.ops.rope.reference import rotate
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-QUANT, NORM, ADD, SILU, DEQUANT = FUNCTIONS = (
+QUANT, NORM, ADD, SILU, ROPE, DEQUANT = FUNCTIONS = (
     "quant_fp8",
     "rms_norm_quant_fp8",
     "add_rms_norm_quant_fp8",
     "silu_mul_quant_fp8",
+    "rope_quant_fp8",
     "dequant_fp8",
 )
-EMITS = {NORM: "return_norm", ADD: "return_norm", SILU: "return_activation"}
+EMITS = {NORM: "return_norm", ADD: "return_norm", SILU: "return_activation", ROPE: "return_rotated"}
 _FIELDS = ("group_size", "scale_format", "scale_layout", "dtype", "policy")
 _DEFAULT = QuantFormat()
 
@@ -49,6 +52,8 @@ class QuantCase:
         weight: the dtype of the norm's weight: ``"input"``, ``"float32"``, or ``"none"``.
         residual: that of the residual, ``"input"`` or ``"float32"``.
         norm: keywords of the norm.
+        rope: keywords of the rotation, and two of the test's own: ``table``, ``"half"`` or ``"full"``, and
+            ``positions``, ``"counted"``, ``"shared"`` or ``"batched"``; of given ones some lie before the table.
         dtypes: of ``x``; of the result of ``dequant_fp8``.
     """
 
@@ -65,6 +70,7 @@ class QuantCase:
     weight: str = "input"
     residual: str = "input"
     norm: tuple[tuple[str, Any], ...] = ()
+    rope: tuple[tuple[str, Any], ...] = ()
     dtypes: tuple[torch.dtype, ...] = (torch.bfloat16,)
 
     @property
@@ -84,6 +90,12 @@ class QuantCase:
         if self.function in (NORM, ADD) and self.weight != "none":
             weight = torch.randn(self.n_cols, generator=generator, dtype=torch.float64)
             args.append(weight.to(device, torch.float32 if self.weight == "float32" else dtype))
+        if self.function == ROPE:
+            table, given = self._table(dtype, generator)
+            args += [each.to(device) for each in table]
+            kwargs |= {
+                name: each.to(device) if isinstance(each, torch.Tensor) else each for name, each in given.items()
+            }
         kwargs |= _changed(self.format)
         if self.static:
             kwargs["scale"] = torch.full((1,), 0.0123, device=device)
@@ -148,7 +160,7 @@ class QuantCase:
             return (reference.dequantised(values, scales, size, arguments.kwargs["dtype"]),)
         inputs = self._inputs(arguments)
         given = norm.Options(**dict(self.norm))
-        options = Options((self.format, *self.also), self.emit, given)
+        options = Options((self.format, *self.also), self.emit, given, rope.Options(**self._rope))
         results = reference.quantised(describe(inputs, options, self.function), inputs)
         if inputs.scale is not None:
             return (results[0], inputs.scale, *results[1:])
@@ -168,6 +180,9 @@ class QuantCase:
 
     def _inputs(self, arguments: Arguments) -> Inputs:
         x, *rest = arguments.args
+        if self.function == ROPE:
+            cos, sin = rest
+            return Inputs(x, None, None, arguments.kwargs.get("scale"), cos, sin, arguments.kwargs.get("position_ids"))
         residual = rest.pop(0) if self.function == ADD else None
         return Inputs(x, residual, rest[0] if rest else None, arguments.kwargs.get("scale"))
 
@@ -180,7 +195,13 @@ class QuantCase:
         """What is quantised, by the definition in the dtype of ``x``, or its truth in float64."""
         inputs = self._inputs(arguments)
         if dtype == torch.float64:
-            inputs = Inputs(*(None if t is None else t.double() for t in inputs))  # type: ignore[arg-type]
+            wide = [t.double() if t is not None and t.is_floating_point() else t for t in inputs]
+            inputs = Inputs(*wide)  # type: ignore[arg-type]
+        if self.function == ROPE:
+            rotated = torch.empty_like(inputs.x)
+            given = rope_inputs(inputs)
+            rotate(rope.describe(given, 0, rope.Options(**self._rope)), given, 0, (rotated, None))
+            return rotated
         if self.function != SILU:
             normed = norm.Inputs(*inputs[:3])
             return rms_norm(norm.describe(normed, norm.Options(**dict(self.norm))), normed)[0]
@@ -205,6 +226,9 @@ class QuantCase:
             return "the results depend on whether what is quantised is returned", y
         truth, same_dtype = self._source(arguments, torch.float64), self._source(arguments, y.dtype)
         wrong = disagreement("what is quantised:", [y], [same_dtype], [truth])
+        if not wrong and self.function == ROPE:
+            given = {name: each for name, each in kwargs.items() if name in (*self._rope, "position_ids")}
+            return "" if same_bits(y, tilewright.rope(*args, **given, impl=implementation)) else "not rope's bits", y
         if not wrong and self.function != SILU:
             plain = tilewright.add_rms_norm if self.function == ADD else tilewright.rms_norm
             expected = plain(*args, **dict(self.norm), impl=implementation)
@@ -214,6 +238,27 @@ class QuantCase:
             if not all(same_bits(*pair) for pair in pairs):
                 wrong = f"the norm or the sum is not that of {plain.__name__}"
         return wrong, y
+
+    @property
+    def _rope(self) -> dict[str, Any]:
+        """The keywords of the rotation that are the function's."""
+        return {name: given for name, given in self.rope if name not in ("table", "positions")}
+
+    def _table(
+        self, dtype: torch.dtype, generator: torch.Generator
+    ) -> tuple[tuple[torch.Tensor, torch.Tensor], dict[str, Any]]:
+        """Cosines and sines, and the keywords of the rotation."""
+        given = dict(self.rope)
+        axes = rope.LAYOUTS[given.get("layout", "bshd")]
+        tokens, batch = self.lead[axes.token], 1 if axes.batch is None else self.lead[axes.batch]
+        width = given.get("rotary_dim", self.n_cols) // (1 if given.get("table") == "full" else 2)
+        angles = torch.randn(tokens + 3, width, generator=generator, dtype=torch.float64)
+        kwargs: dict[str, Any] = dict(self._rope)
+        sizes = {"shared": (tokens,), "batched": (batch, tokens)}.get(given.get("positions", "counted"))
+        if sizes is not None:
+            kwargs["position_ids"] = torch.randint(-1, tokens + 3, sizes, generator=generator)
+        table = dtype if given.get("numerics") == "hf" else torch.float32
+        return (angles.cos().to(table), angles.sin().to(table)), kwargs
 
     def _x(self, dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
         shape = (*self.lead, self.n_cols * (2 if self.function == SILU else 1))

@@ -70,6 +70,42 @@ def _source(
 
 
 @triton.jit
+def _rotated(
+    x_ptr, cos_ptr, sin_ptr, x_row, cos_row, sin_row, is_turned, kept, column, mask,
+    ROPE: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """One chunk of rows that are rotated, fp32 [BLOCK_M, CHUNK], not rounded at the end.
+
+    The products and the sum are those of rope's kernel: one of them for each member of a pair, in either order.
+    """
+    OFFSET: tl.constexpr = ROPE[0]
+    DIM: tl.constexpr = ROPE[1]
+    feature = column - OFFSET
+    inside = (feature >= 0) & (feature < DIM)
+    if ROPE[2]:  # interleaved
+        is_first = feature % 2 == 0
+        partner = column + tl.where(is_first, 1, -1)
+        pair = feature // 2
+    else:
+        is_first = feature < DIM // 2
+        partner = column + tl.where(is_first, DIM // 2, -(DIM // 2))
+        pair = tl.where(is_first, feature, feature - DIM // 2)
+    entry = feature
+    if not ROPE[3]:  # a table with one entry for both
+        entry = pair
+    turned = mask & inside[None, :] & is_turned[:, None]
+    cos = tl.load(cos_ptr + tile(cos_row, entry), turned, 1.0)
+    sin = tl.load(sin_ptr + tile(sin_row, entry), turned, 0.0)
+    if ROPE[4]:  # rounded as Hugging Face's models do
+        cos, sin = cos.to(DTYPE), sin.to(DTYPE)
+    cos, sin = cos.to(tl.float32), sin.to(tl.float32)
+    x = kept.to(tl.float32)
+    other = tl.load(x_ptr + tile(x_row, partner), turned, 0.0).to(tl.float32)
+    y = x * cos + other * tl.where(is_first[None, :], -sin, sin)
+    return tl.where(turned, y, x)
+
+
+@triton.jit
 def _input(rounded, exact, FORMAT: tl.constexpr):
     """What a format quantises."""
     y = rounded
@@ -208,13 +244,14 @@ def _quantise_row(
 
 @triton.jit
 def quant_kernel(
-    x_ptr, residual_ptr, weight_ptr, given_scale_ptr,
+    x_ptr, residual_ptr, weight_ptr, given_scale_ptr, cos_ptr, sin_ptr, position_ptr,
     values_0_ptr, scale_0_ptr, values_1_ptr, scale_1_ptr, values_2_ptr, scale_2_ptr, residual_out_ptr, emit_ptr,
     stride_x_outer, stride_x_inner, stride_residual_outer, stride_residual_inner,
     stride_residual_out_outer, stride_residual_out_inner,
     stride_0_row, stride_0_group, stride_1_row, stride_1_group, stride_2_row, stride_2_group,
-    n_rows, n_inner,
-    N_COLS: tl.constexpr, SOURCE: tl.constexpr, EPS: tl.constexpr, WEIGHT_OFFSET: tl.constexpr,
+    n_rows, n_inner, token_rows, n_tokens, batch_rows, n_batch, stride_position_batch, stride_position_token,
+    n_positions, stride_cos, stride_sin,
+    N_COLS: tl.constexpr, SOURCE: tl.constexpr, ROPE: tl.constexpr, EPS: tl.constexpr, WEIGHT_OFFSET: tl.constexpr,
     ROUND_NORM: tl.constexpr, ROUND_RESIDUAL: tl.constexpr, TWO_LEVELS: tl.constexpr, ALIGN: tl.constexpr,
     PRELOAD: tl.constexpr,
     FORMAT_0: tl.constexpr, FORMAT_1: tl.constexpr, FORMAT_2: tl.constexpr,
@@ -236,6 +273,17 @@ def quant_kernel(
     residual_out_row = row_offset(
         row, n_inner, stride_residual_out_outer, stride_residual_out_inner, TWO_LEVELS, ALIGN[2]
     )
+    cos_row = row
+    sin_row = row
+    is_turned = row_mask
+    if SOURCE == "rope":
+        position = row // token_rows % n_tokens
+        if position_ptr is not None:
+            place = row // batch_rows % n_batch * stride_position_batch + position * stride_position_token
+            position = tl.load(position_ptr + place, row_mask, 0).to(tl.int64)
+        is_turned = row_mask & (position >= 0) & (position < n_positions)
+        cos_row = position * stride_cos
+        sin_row = position * stride_sin
     rstd = tl.zeros((BLOCK_M,), tl.float32)
     kept = ()
     weights = ()
@@ -248,7 +296,13 @@ def quant_kernel(
         for c in tl.static_range((N_COLS + CHUNK - 1) // CHUNK):
             column = c * CHUNK + tl.arange(0, CHUNK)
             mask = tile_mask(row_mask, column, N_COLS, CHUNK)
-            kept = kept + (tl.load(x_ptr + tile(x_row, column), mask, 0.0),)  # noqa: RUF005
+            z = tl.load(x_ptr + tile(x_row, column), mask, 0.0)
+            if SOURCE == "rope":
+                z = _rotated(
+                    x_ptr, cos_ptr, sin_ptr, x_row, cos_row, sin_row, is_turned, z, column, mask,
+                    ROPE, x_ptr.dtype.element_ty,
+                )  # fmt: skip
+            kept = kept + (z,)  # noqa: RUF005
     given_scale = given_scale_ptr
     if given_scale_ptr is not None:
         given_scale = tl.load(given_scale_ptr)
@@ -280,6 +334,11 @@ def quant_kernel(
                 x_ptr, residual_ptr, residual_out_ptr, x_row, residual_row, residual_out_row, column,
                 tile_mask(row_mask, column, N_COLS, CHUNK), False, ROUND_RESIDUAL, tl.float32,
             )  # fmt: skip
+            if SOURCE == "rope":
+                z = _rotated(
+                    x_ptr, cos_ptr, sin_ptr, x_row, cos_row, sin_row, is_turned, z, column,
+                    tile_mask(row_mask, column, N_COLS, CHUNK), ROPE, x_ptr.dtype.element_ty,
+                )  # fmt: skip
             largest_0, largest_1, largest_2 = _first_pass(
                 x_ptr, emit_ptr, values_0_ptr, scale_0_ptr, values_1_ptr, scale_1_ptr, values_2_ptr, scale_2_ptr,
                 z, rstd, weight, x_row, row, row_mask, c * CHUNK, largest_0, largest_1, largest_2,
@@ -313,6 +372,11 @@ def quant_kernel(
                     x_ptr, residual_ptr, residual_out_ptr, x_row, residual_row, residual_out_row, column,
                     tile_mask(row_mask, column, N_COLS, CHUNK), False, ROUND_RESIDUAL, tl.float32,
                 )  # fmt: skip
+                if SOURCE == "rope":
+                    z = _rotated(
+                        x_ptr, cos_ptr, sin_ptr, x_row, cos_row, sin_row, is_turned, z, column,
+                        tile_mask(row_mask, column, N_COLS, CHUNK), ROPE, x_ptr.dtype.element_ty,
+                    )  # fmt: skip
                 _second_pass(
                     x_ptr, values_0_ptr, values_1_ptr, values_2_ptr, z, rstd, weight, x_row, row, row_mask,
                     c * CHUNK, high_0, low_0, high_1, low_1, high_2, low_2,
@@ -324,11 +388,12 @@ def plan(call: QuantCall, inputs: Inputs, outputs: Sequence[torch.Tensor]) -> Ru
     """Prepare the launch for tensors of this metadata; the tensors themselves are not kept."""
     if call.n_rows == 0:
         return lambda tensors: None
-    x, residual, weight, _ = inputs
+    x, residual, weight, _, cos, sin, _ = inputs
     place = len(outputs) - (2 if call.emit else 1)  # of the stored sum
     stored = None if residual is None else outputs[place]
     seen = rows([t for t in (x, residual, stored) if t is not None])
-    if seen is None or (weight is not None and weight.stride(0) != 1 and call.n_cols > 1):
+    is_loose = any(table is not None and table.stride(1) != 1 for table in (cos, sin))
+    if seen is None or is_loose or (weight is not None and weight.stride(0) != 1 and call.n_cols > 1):
         return contiguous_twin(plan, call, inputs, outputs, written=[] if residual is None else [place])
     device = facts(x.device)
     kind = "gated" if call.source == "silu_mul" else "plain" if residual is None else "residual"
@@ -346,8 +411,10 @@ def plan(call: QuantCall, inputs: Inputs, outputs: Sequence[torch.Tensor]) -> Ru
         *(stride for f, s in zip((*call.formats, None, None), scales, strict=False) for stride in _scale_strides(f, s)),
         call.n_rows,
         seen.inner,
+        *_turns(call, inputs),
         call.n_cols,
         call.source,
+        _rope_constants(call),
         float(options.eps) if options else 0.0,
         float(options.weight_offset) if options else 0.0,
         options is None or options.cast == "before_weight",
@@ -366,6 +433,33 @@ def plan(call: QuantCall, inputs: Inputs, outputs: Sequence[torch.Tensor]) -> Ru
     return _arranged(call, kernel)
 
 
+def _turns(call: QuantCall, inputs: Inputs) -> tuple[int, ...]:
+    """Which row of the table a row is turned by, as the kernel counts."""
+    turned, cos, sin, given = call.rope, inputs.cos, inputs.sin, inputs.position_ids
+    if turned is None or cos is None or sin is None:
+        return (1, 1, 1, 1, 0, 0, 0, 0, 0)
+    heads, tokens = turned.n_q_heads, turned.seqlen
+    token_rows, batch_rows = {
+        "bshd": (heads, heads * tokens),
+        "bhsd": (1, heads * tokens),
+        "sbhd": (turned.batch * heads, heads),
+        "thd": (heads, heads * tokens),
+    }[turned.options.layout]
+    by_batch, by_token = (0, 0) if given is None else (given.stride(0) if given.dim() > 1 else 0, given.stride(-1))
+    by_batch = 0 if given is not None and given.shape[0] == 1 else by_batch
+    rows_of = token_rows, tokens, batch_rows, turned.batch
+    return (*rows_of, by_batch, by_token, turned.n_positions, cos.stride(0), sin.stride(0))
+
+
+def _rope_constants(call: QuantCall) -> tuple[int, int, bool, bool, bool] | None:
+    """What ``_rotated`` takes: the first feature, how many, whether they are interleaved, whose entries, rounded."""
+    if call.rope is None:
+        return None
+    options = call.rope.options
+    rounded = options.numerics == "hf"
+    return options.rotary_offset, call.rope.rotary_dim, options.interleaved, call.rope.full_table, rounded
+
+
 def _needs_rows(call: QuantCall) -> bool:
     """Whether something has to be known of a whole row: its norm, or its largest magnitude."""
     return call.norm is not None or (not call.static and any(f.group_size is None for f in call.formats))
@@ -379,7 +473,7 @@ def _arranged(call: QuantCall, kernel: BoundKernel) -> Runner:
     missing = (None, None) * (3 - n)
 
     def run(tensors: Tensors) -> None:
-        results = tensors[4:]
+        results = tensors[7:]
         pairs: list[torch.Tensor | None] = []
         if call.static:
             pairs += [results[0], None]
@@ -391,7 +485,7 @@ def _arranged(call: QuantCall, kernel: BoundKernel) -> Runner:
             rest = results[2 * n :]
         stored = rest[0] if has_sum else None
         emitted = rest[-1] if call.emit else None
-        kernel((*tensors[:4], *pairs, *missing, stored, emitted))
+        kernel((*tensors[:7], *pairs, *missing, stored, emitted))
 
     return run
 

@@ -14,10 +14,11 @@ import torch
 from tilewright.dispatch import Described, Implementation, Unsupported, select, serves_anywhere, triton_verdict
 from tilewright.dispatch.eager import PlanCache, metadata
 from tilewright.errors import ArgumentError
-from tilewright.ops.quant_fp8.call import Inputs, Options, describe, empty_results
+from tilewright.ops.quant_fp8.call import Inputs, Options, describe, empty_results, rope_inputs
 from tilewright.ops.quant_fp8.dequant_call import DequantInputs, describe_dequant
 from tilewright.ops.quant_fp8.format import DTYPES, QuantFormat, decoded
 from tilewright.ops.rms_norm import call as norm
+from tilewright.ops.rope import call as rope
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -116,10 +117,17 @@ class _Result(NamedTuple):
 
 
 class _Plan(NamedTuple):
-    """All that calls of equal metadata share: what computes them, and what their results are."""
+    """All that calls of equal metadata share: what computes them, what their results are, and whose values differ.
+
+    Attributes:
+        run: computes.
+        results: their memory.
+        turned: the call of a rotation by given positions, which are looked at in each call.
+    """
 
     run: Runner
     results: tuple[_Result, ...]
+    turned: rope.RopeCall | None = None
 
 
 _PLANS: PlanCache[_Plan] = PlanCache()
@@ -140,8 +148,8 @@ def described_dequant(inputs: DequantInputs, group_size: int | None, dtype: torc
 
 def options_of(options: Sequence[Any]) -> Options:
     """Plain nested tuples, as :func:`quantise` takes them, by name."""
-    formats, emit, normed = options
-    return Options(formats, emit, norm.Options._make(normed))
+    formats, emit, normed, turned = options
+    return Options(formats, emit, norm.Options._make(normed), rope.Options._make(turned))
 
 
 def quantise(
@@ -169,6 +177,8 @@ def quantise(
         raise
     if plan is None:
         plan = _PLANS.put(key, _make_plan(Inputs._make(inputs), options_of(options), impl, operation))
+    if plan.turned is not None:
+        rope.check_call(plan.turned, rope_inputs(Inputs._make(inputs)), 0, operation)
     x: Any = inputs[0]
     device = x.device
     results = []
@@ -188,7 +198,8 @@ def _make_plan(inputs: Inputs, options: Options, impl: str | None, operation: st
     results = tuple(
         _Result(tuple(r.shape), r.stride(), r.dtype, has_padding and r.dtype == torch.int32) for r in outputs
     )
-    return _Plan(planner(call, inputs, outputs), results)
+    turned = None if inputs.position_ids is None or inputs.x.is_meta else call.rope
+    return _Plan(planner(call, inputs, outputs), results, turned)
 
 
 def _plan_nothing(call: Any, inputs: Any, outputs: Any) -> Runner:
@@ -251,6 +262,10 @@ _LIBRARY.define(
 )
 _LIBRARY.define("silu_mul_quant_fp8(Tensor x, Tensor? scale, str[] formats, bool emit, str? impl=None) -> Tensor[]")
 _LIBRARY.define(
+    "rope_quant_fp8(Tensor x, Tensor cos, Tensor sin, Tensor? position_ids, Tensor? scale, str[] formats, bool emit, "
+    "str layout, bool interleaved, int? rotary_dim, int rotary_offset, str numerics, str? impl=None) -> Tensor[]"
+)
+_LIBRARY.define(
     "dequant_fp8(Tensor values, Tensor scales, int? group_size, ScalarType dtype, str? impl=None) -> Tensor"
 )
 
@@ -271,14 +286,16 @@ def run_registered(
         options: the options of :class:`Options`, in its order.
         impl: the implementation asked for.
     """
-    x, residual, weight, scale = inputs
-    _, emit, (eps, weight_offset, cast, residual_rounding) = options
+    x, residual, weight, scale, *table = inputs
+    _, emit, (eps, weight_offset, cast, residual_rounding), turned = options
     operators = torch.ops.tilewright
     results: list[torch.Tensor]
     if operation == "quant_fp8":
         results = operators.quant_fp8(x, scale, texts, impl)
     elif operation == "silu_mul_quant_fp8":
         results = operators.silu_mul_quant_fp8(x, scale, texts, emit, impl)
+    elif operation == "rope_quant_fp8":
+        results = operators.rope_quant_fp8(x, *table, scale, texts, emit, *turned[:4], turned[-1], impl)
     elif operation == "rms_norm_quant_fp8":
         results = operators.rms_norm_quant_fp8(x, weight, scale, texts, emit, eps, weight_offset, cast, impl)
     else:
@@ -298,6 +315,9 @@ def _formats(texts: Sequence[str], operation: str) -> tuple[QuantFormat, ...]:
         raise ArgumentError(operation, "formats", f"got {texts}, which format.encoded did not write") from error
 
 
+_PLAIN = (norm.Options(), rope.Options())
+
+
 class _Given(NamedTuple):
     """What an operator was given."""
 
@@ -307,26 +327,37 @@ class _Given(NamedTuple):
 
 
 def _given_quant(x: Any, scale: Any, formats: Any, impl: Any = None) -> _Given:
-    return _Given(Inputs(x, scale=scale), (_formats(formats, "quant_fp8"), False, norm.Options()), impl)
+    return _Given(Inputs(x, scale=scale), (_formats(formats, "quant_fp8"), False, *_PLAIN), impl)
 
 
 def _given_norm(
     x: Any, weight: Any, scale: Any, formats: Any, emit: Any, eps: Any, offset: Any, cast: Any, impl: Any = None
 ) -> _Given:
     inputs = Inputs(x, None, weight, scale)
-    return _Given(inputs, (_formats(formats, "rms_norm_quant_fp8"), emit, norm.Options(eps, offset, cast)), impl)
+    normed = norm.Options(eps, offset, cast)
+    return _Given(inputs, (_formats(formats, "rms_norm_quant_fp8"), emit, normed, rope.Options()), impl)
 
 
 def _given_add(
     x: Any, residual: Any, weight: Any, scale: Any, formats: Any, emit: Any, eps: Any, offset: Any, cast: Any,
     rounding: Any, impl: Any = None,
 ) -> _Given:  # fmt: skip
-    options = (_formats(formats, "add_rms_norm_quant_fp8"), emit, norm.Options(eps, offset, cast, rounding))
+    normed = norm.Options(eps, offset, cast, rounding)
+    options = (_formats(formats, "add_rms_norm_quant_fp8"), emit, normed, rope.Options())
     return _Given(Inputs(x, residual, weight, scale), options, impl)
 
 
 def _given_silu(x: Any, scale: Any, formats: Any, emit: Any, impl: Any = None) -> _Given:
-    return _Given(Inputs(x, scale=scale), (_formats(formats, "silu_mul_quant_fp8"), emit, norm.Options()), impl)
+    return _Given(Inputs(x, scale=scale), (_formats(formats, "silu_mul_quant_fp8"), emit, *_PLAIN), impl)
+
+
+def _given_rope(
+    x: Any, cos: Any, sin: Any, position_ids: Any, scale: Any, formats: Any, emit: Any, layout: Any, interleaved: Any,
+    rotary_dim: Any, rotary_offset: Any, numerics: Any, impl: Any = None,
+) -> _Given:  # fmt: skip
+    turned = rope.Options(layout, interleaved, rotary_dim, rotary_offset, numerics=numerics)
+    inputs = Inputs(x, None, None, scale, cos, sin, position_ids)
+    return _Given(inputs, (_formats(formats, "rope_quant_fp8"), emit, norm.Options(), turned), impl)
 
 
 def _run(operation: str, read: Callable[..., _Given]) -> Callable[..., list[torch.Tensor]]:
@@ -376,6 +407,7 @@ for _name, _read in (
     ("rms_norm_quant_fp8", _given_norm),
     ("add_rms_norm_quant_fp8", _given_add),
     ("silu_mul_quant_fp8", _given_silu),
+    ("rope_quant_fp8", _given_rope),
 ):
     _LIBRARY.impl(_name, _run(_name, _read), "CompositeExplicitAutograd")
     torch.library.register_fake(f"tilewright::{_name}", _fake(_name, _read), lib=_LIBRARY)

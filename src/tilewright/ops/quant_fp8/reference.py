@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 
-from tilewright.ops.quant_fp8.call import scale_strides
+from tilewright.ops.quant_fp8.call import rope_inputs, scale_strides
 from tilewright.ops.rms_norm import reference as norm
 from tilewright.ops.rms_norm.call import Inputs as NormInputs
+from tilewright.ops.rope import reference as rope
 
 if TYPE_CHECKING:
     from tilewright.ops.quant_fp8.call import Inputs, QuantCall
@@ -57,6 +58,11 @@ def source(call: QuantCall, inputs: Inputs, *, rounded: bool = True) -> tuple[to
         return norm.normalised(call.norm, z, inputs.weight, rounded=rounded), stored
     if call.source == "plain":
         return inputs.x.float(), None
+    if call.rope is not None:
+        wide = inputs._replace(x=inputs.x.float())
+        rotated = torch.empty_like(wide.x)
+        rope.rotate(call.rope, rope_inputs(wide), 0, (rotated, None))
+        return rotated, None
     gate, up = inputs.x.float().chunk(2, dim=-1)
     activated = gate / (1.0 + torch.exp(-gate))
     return (activated.to(call.dtype).float() if rounded else activated) * up, None

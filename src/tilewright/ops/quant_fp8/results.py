@@ -69,3 +69,19 @@ class ActivationQuantized(NamedTuple):
     scales: torch.Tensor
     activation: torch.Tensor | None
     also: tuple[Quantized, ...]
+
+
+class RotationQuantized(NamedTuple):
+    """A quantised rotation.
+
+    Attributes:
+        values: as in :class:`Quantized`.
+        scales: as in :class:`Quantized`.
+        rotated: in the dtype of ``x``, contiguous; None unless it was asked for.
+        also: the further quantisations, in the order of the formats.
+    """
+
+    values: torch.Tensor
+    scales: torch.Tensor
+    rotated: torch.Tensor | None
+    also: tuple[Quantized, ...]

@@ -10,7 +10,7 @@ import torch
 from tilewright.errors import ArgumentError, DTypeError
 from tilewright.ops.contract import Arguments, Family, InvalidCase
 from tilewright.ops.quant_fp8.call import INPUT_DTYPES
-from tilewright.ops.quant_fp8.cases import ADD, DEQUANT, EMITS, FUNCTIONS, NORM, QUANT, SILU, QuantCase
+from tilewright.ops.quant_fp8.cases import ADD, DEQUANT, EMITS, FUNCTIONS, NORM, QUANT, ROPE, SILU, QuantCase
 from tilewright.ops.quant_fp8.format import POLICIES, SCALE_LAYOUTS, QuantFormat, QuantPolicy
 from tilewright.ops.rms_norm import call as norm
 
@@ -143,6 +143,49 @@ def _fusions_grid() -> list[QuantCase]:
     return cases
 
 
+def _rope_grid() -> list[QuantCase]:
+    """Rotations: layouts, tables, positions, which features, and what the other sources have."""
+
+    def case(name: str, lead: tuple[int, ...] = (2, 3, 4), n_cols: int = 64, **changes: Any) -> QuantCase:
+        keywords = tuple(changes.pop("rope", {}).items())
+        return QuantCase(f"rope-{name}", ROPE, lead=lead, n_cols=n_cols, rope=keywords, **changes)
+
+    every = INPUT_DTYPES
+    cases = [
+        case(f"{layout}-{positions}", lead, rope={"layout": layout, "positions": positions}, dtypes=_MAIN)
+        for layout, lead in (("bshd", (2, 3, 4)), ("sbhd", (3, 2, 4)), ("bhsd", (2, 4, 3)), ("thd", (5, 4)))
+        for positions in ("counted", "shared", "batched")
+        if layout != "thd" or positions != "batched"
+    ]
+    cases += [
+        case(f"{table}-{'pairs' if interleaved else 'halves'}-{start}-of-{n}", n_cols=n, dtypes=_MAIN,
+             rope={"table": table, "interleaved": interleaved, "rotary_dim": 32, "rotary_offset": start})
+        for table in ("half", "full")
+        for interleaved in (False, True)
+        for start, n in ((0, 32), (0, 128), (6, 72), (96, 128))
+    ]  # fmt: skip
+    cases += [case(f"hf-{table}", rope={"numerics": "hf", "table": table}, dtypes=every) for table in ("half", "full")]
+    cases += [
+        case("small", (1, 2, 1), 2, dtypes=every),
+        case("longest", (1, 2, 3), 512, rope={"rotary_dim": 64, "rotary_offset": 448}, dtypes=every),
+        case("token", format=QuantFormat(None), dtypes=every),
+        case("packed", n_cols=320, format=_PACKED, emit=True),
+        case("column", format=QuantFormat(32, scale_layout="column"), emit=True),
+        case("mx", format=_MX),
+        case("two", also=(_MX,), emit=True, dtypes=_MAIN),
+        case("three", also=(_PACKED, QuantFormat(None, scale_layout="column", dtype=torch.float8_e5m2)), emit=True),
+        case("static", static=True, emit=True, dtypes=every),
+        case("unrounded", (2, 9, 12), 96, format=QuantFormat(32, policy=_UNROUNDED)),
+        case("no-tokens", (2, 0, 4)),
+        case("no-heads", (2, 3, 0)),
+    ]
+    cases += [
+        case(strides, strides=strides, emit=True) for strides in ("sliced", "heads", "permuted", "expanded", "spread")
+    ]
+    cases += [case(values, values=values, dtypes=every) for values in ("zeros", "tiny", "wide", "inf", "nan")]
+    return cases
+
+
 def _dequant_grid() -> list[QuantCase]:
     every = INPUT_DTYPES
     formats = {
@@ -173,18 +216,26 @@ def _dequant_grid() -> list[QuantCase]:
 
 
 def _grid() -> tuple[QuantCase, ...]:
-    first = [QuantCase(f"{function}-small", function, n_cols=40, dtypes=INPUT_DTYPES) for function in FUNCTIONS]
-    return (*first, *_formats_grid(), *_shapes_grid(), *_fusions_grid(), *_dequant_grid())
+    rows = [function for function in FUNCTIONS if function != ROPE]
+    first = [QuantCase(f"{function}-small", function, n_cols=40, dtypes=INPUT_DTYPES) for function in rows]
+    return (*first, *_formats_grid(), *_shapes_grid(), *_fusions_grid(), *_rope_grid(), *_dequant_grid())
 
 
 def _invalid() -> tuple[InvalidCase, ...]:
-    names = {QUANT: ("x",), NORM: ("x", "weight"), ADD: ("x", "residual", "weight"), SILU: ("x",)}
+    names = {
+        QUANT: ("x",),
+        NORM: ("x", "weight"),
+        ADD: ("x", "residual", "weight"),
+        SILU: ("x",),
+        ROPE: ("x", "cos", "sin"),
+    }
 
     def call(function: str = QUANT, **changes: Any) -> _Build:
         """A valid call with the arguments in ``changes`` put in; functions among them get the device."""
 
         def build(device: torch.device) -> Arguments:
-            args, kwargs = QuantCase("", function).arguments(device, torch.float32)
+            shape: dict[str, Any] = {"lead": (1, 3, 2), "n_cols": 64} if function == ROPE else {}
+            args, kwargs = QuantCase("", function, **shape).arguments(device, torch.float32)
             given = {name: value(device) if callable(value) else value for name, value in changes.items()}
             order = names.get(function, ("values", "scales"))
             args = tuple(given.pop(name, value) for name, value in zip(order, args, strict=True))
@@ -277,6 +328,23 @@ def _invalid() -> tuple[InvalidCase, ...]:
         SILU: (
             ("odd", ArgumentError, "x", {"x": tensor(3, 7)}),
             ("return_activation", DTypeError, "return_activation", {"return_activation": None}),
+        ),
+        ROPE: (
+            ("rank", ArgumentError, "x", {"x": tensor(3, 64)}),
+            ("odd", ArgumentError, "x", {"x": tensor(1, 3, 2, 63)}),
+            ("double-x", DTypeError, "x", {"x": tensor(1, 3, 2, 64, dtype=torch.float64)}),
+            ("no-cos", DTypeError, "cos", {"cos": None}),
+            ("narrow", ArgumentError, "cos", {"cos": tensor(6, 20), "sin": tensor(6, 20), "rotary_dim": 64}),
+            ("short", ArgumentError, "cos", {"cos": tensor(2, 32), "sin": tensor(2, 32)}),
+            ("sin-shape", ArgumentError, "sin", {"sin": tensor(6, 31)}),
+            ("cos-gradient", ArgumentError, "cos", {"cos": recorded(6, 32)}),
+            ("layout", ArgumentError, "layout", {"layout": "hsbd"}),
+            ("numerics", ArgumentError, "numerics", {"numerics": "fast"}),
+            ("interleaved", DTypeError, "interleaved", {"interleaved": 1}),
+            ("rotary_offset", ArgumentError, "rotary_offset", {"rotary_offset": 2}),
+            ("position_ids", DTypeError, "position_ids", {"position_ids": tensor(3)}),
+            ("positions", ArgumentError, "position_ids", {"position_ids": tensor(5, dtype=torch.int64)}),
+            ("return_rotated", DTypeError, "return_rotated", {"return_rotated": None}),
         ),
         DEQUANT: (
             ("no-values", DTypeError, "values", {"values": None}),
@@ -408,7 +476,7 @@ def _workloads() -> tuple[QuantWorkload, ...]:
 
 FAMILY = Family(
     name="quant_fp8",
-    summary="quantisation to FP8, alone or fused with RMSNorm or gated SiLU",
+    summary="quantisation to FP8, alone or fused with RMSNorm, gated SiLU or rope",
     functions=FUNCTIONS,
     operators=FUNCTIONS,
     dtypes=INPUT_DTYPES,
