@@ -7,7 +7,7 @@ elements it holds side by side, so that a group takes few exchanges between thre
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import triton
 import triton.language as tl
@@ -49,6 +49,10 @@ if TYPE_CHECKING:
     from tilewright.ops.rms_norm.call import Runner, Tensors
 
 
+_MAX_ROWS = 2**31 - 2**16
+"""Rows that 32 bits count, and some more of the last block."""
+
+
 @triton.jit
 def _source(
     x_ptr, x_row, column, mask, kept, rstd, weight,
@@ -67,6 +71,28 @@ def _source(
     else:
         y = kept.to(tl.float32)
     return y
+
+
+@triton.jit
+def _token(row, n_tokens, n_batch, ROPE: tl.constexpr):
+    """Which token of its sequence a row belongs to, and which sequence, each [BLOCK_M]."""
+    HEADS: tl.constexpr = ROPE[5]
+    LAYOUT: tl.constexpr = ROPE[6]
+    if not ROPE[7]:  # numbers of 64 bits are divided in many steps
+        row = row.to(tl.int32)
+    if LAYOUT == "bhsd":
+        token = row % n_tokens
+        sequence = row // n_tokens // HEADS
+    elif LAYOUT == "sbhd":
+        token = row // HEADS // n_batch
+        sequence = row // HEADS % n_batch
+    elif LAYOUT == "bshd":
+        token = row // HEADS % n_tokens
+        sequence = row // HEADS // n_tokens
+    else:  # one sequence
+        token = row // HEADS
+        sequence = token * 0
+    return token, sequence
 
 
 @triton.jit
@@ -249,8 +275,8 @@ def quant_kernel(
     stride_x_outer, stride_x_inner, stride_residual_outer, stride_residual_inner,
     stride_residual_out_outer, stride_residual_out_inner,
     stride_0_row, stride_0_group, stride_1_row, stride_1_group, stride_2_row, stride_2_group,
-    n_rows, n_inner, token_rows, n_tokens, batch_rows, n_batch, stride_position_batch, stride_position_token,
-    n_positions, stride_cos, stride_sin,
+    n_rows, n_inner, n_tokens, n_batch, stride_position_batch, stride_position_token, n_positions,
+    stride_cos, stride_sin,
     N_COLS: tl.constexpr, SOURCE: tl.constexpr, ROPE: tl.constexpr, EPS: tl.constexpr, WEIGHT_OFFSET: tl.constexpr,
     ROUND_NORM: tl.constexpr, ROUND_RESIDUAL: tl.constexpr, TWO_LEVELS: tl.constexpr, ALIGN: tl.constexpr,
     PRELOAD: tl.constexpr,
@@ -277,10 +303,11 @@ def quant_kernel(
     sin_row = row
     is_turned = row_mask
     if SOURCE == "rope":
-        position = row // token_rows % n_tokens
+        position, sequence = _token(row, n_tokens, n_batch, ROPE)
         if position_ptr is not None:
-            place = row // batch_rows % n_batch * stride_position_batch + position * stride_position_token
-            position = tl.load(position_ptr + place, row_mask, 0).to(tl.int64)
+            place = sequence * stride_position_batch + position * stride_position_token
+            position = tl.load(position_ptr + place, row_mask, 0)
+        position = position.to(tl.int64)
         is_turned = row_mask & (position >= 0) & (position < n_positions)
         cos_row = position * stride_cos
         sin_row = position * stride_sin
@@ -437,27 +464,24 @@ def _turns(call: QuantCall, inputs: Inputs) -> tuple[int, ...]:
     """Which row of the table a row is turned by, as the kernel counts."""
     turned, cos, sin, given = call.rope, inputs.cos, inputs.sin, inputs.position_ids
     if turned is None or cos is None or sin is None:
-        return (1, 1, 1, 1, 0, 0, 0, 0, 0)
-    heads, tokens = turned.n_q_heads, turned.seqlen
-    token_rows, batch_rows = {
-        "bshd": (heads, heads * tokens),
-        "bhsd": (1, heads * tokens),
-        "sbhd": (turned.batch * heads, heads),
-        "thd": (heads, heads * tokens),
-    }[turned.options.layout]
-    by_batch, by_token = (0, 0) if given is None else (given.stride(0) if given.dim() > 1 else 0, given.stride(-1))
-    by_batch = 0 if given is not None and given.shape[0] == 1 else by_batch
-    rows_of = token_rows, tokens, batch_rows, turned.batch
-    return (*rows_of, by_batch, by_token, turned.n_positions, cos.stride(0), sin.stride(0))
+        return (1, 1, 0, 0, 0, 0, 0)
+    by_sequence = 0 if given is None or given.dim() == 1 or given.shape[0] == 1 else given.stride(0)
+    by_token = 0 if given is None else given.stride(-1)
+    return turned.seqlen, turned.batch, by_sequence, by_token, turned.n_positions, cos.stride(0), sin.stride(0)
 
 
-def _rope_constants(call: QuantCall) -> tuple[int, int, bool, bool, bool] | None:
-    """What ``_rotated`` takes: the first feature, how many, whether they are interleaved, whose entries, rounded."""
+def _rope_constants(call: QuantCall) -> tuple[Any, ...] | None:
+    """What ``_rotated`` and ``_token`` take.
+
+    The first feature, how many, whether they are interleaved, whether each has an entry, whether entries are rounded;
+    the heads, how rows are laid out, whether there are too many for 32 bits.
+    """
     if call.rope is None:
         return None
     options = call.rope.options
-    rounded = options.numerics == "hf"
-    return options.rotary_offset, call.rope.rotary_dim, options.interleaved, call.rope.full_table, rounded
+    layout = "thd" if call.rope.batch == 1 and options.layout in {"bshd", "sbhd"} else options.layout
+    features = options.rotary_offset, call.rope.rotary_dim, options.interleaved, call.rope.full_table
+    return (*features, options.numerics == "hf", call.rope.n_q_heads, layout, call.n_rows >= _MAX_ROWS)
 
 
 def _needs_rows(call: QuantCall) -> bool:
