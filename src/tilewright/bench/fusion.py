@@ -273,7 +273,9 @@ def _judged(
         told = {
             "counts": report.counts,
             "graphs": len(report.graphs),
-            "refused": [str(decision) for decision in report.decisions if decision.action != "fused"],
+            "refused": [
+                str(replace(decision, source="")) for decision in report.decisions if decision.action != "fused"
+            ],
             "bytes_saved": sum(before - after for before, after in moved),
         }
         yield contestant, found | {"report": told}

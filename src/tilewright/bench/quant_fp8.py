@@ -33,8 +33,8 @@ from tilewright.bench.providers import (
 )
 from tilewright.numerics import EQUAL_CODES, REFERENCE_ERRORS, compare_codes, disagreement
 from tilewright.ops.quant_fp8 import reference
-from tilewright.ops.quant_fp8.call import Inputs, Options, describe
-from tilewright.ops.quant_fp8.cases import ADD, EMITS, NORM, QUANT, SILU
+from tilewright.ops.quant_fp8.call import EMITS, Inputs, Options, describe
+from tilewright.ops.quant_fp8.cases import ADD, NORM, QUANT, SILU
 from tilewright.ops.quant_fp8.format import QuantFormat, checked
 from tilewright.ops.rms_norm.call import Options as NormOptions
 

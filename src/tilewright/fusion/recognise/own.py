@@ -11,6 +11,7 @@ from tilewright.fusion.found import Found, NearMiss
 from tilewright.fusion.graph import arguments, result, value
 from tilewright.fusion.recognise.carried import among_others
 from tilewright.ops.quant_fp8.format import decoded
+from tilewright.ops.rope.call import default_rotary_dim
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -71,7 +72,7 @@ def _rope(node: Node) -> Found:
     features, columns = value(found.tensor("x")).shape[-1], value(found.tensor("cos")).shape[-1]
     if not isinstance(features, int) or not isinstance(columns, int):
         return found
-    rotated = found.options["rotary_dim"] or (2 * columns if 2 * columns <= features else columns)
+    rotated = found.options["rotary_dim"] or default_rotary_dim(columns, features)
     return among_others(replace(found, options={**found.options, "rotary_dim": rotated}))
 
 

@@ -14,7 +14,7 @@ from torch.fx import Node
 
 from tilewright.fusion.graph import aten, depends, is_call, origin, same_shape, value, wanted
 from tilewright.fusion.rule import Proposal, Refusal, unite
-from tilewright.ops.quant_fp8.call import EMITS, MAX_FORMATS, SOURCES
+from tilewright.ops.quant_fp8.call import EMITS, MAX_FORMATS
 from tilewright.ops.quant_fp8.format import QuantFormat, encoded
 
 if TYPE_CHECKING:
@@ -226,7 +226,7 @@ class QuantisedRule:
                 "scale_format": first.scale_format,
                 "scale_layout": first.scale_layout,
             }
-        keywords |= {EMITS[SOURCES[self.replacement]]: emits, "impl": impl}
+        keywords |= {EMITS[self.replacement]: emits, "impl": impl}
         tensors = producer.tensors
         if producer.found.kind == "rope":
             tensors, keywords["position_ids"] = tensors[:3], tensors[3]

@@ -27,8 +27,13 @@ SOURCES = {
     "silu_mul_quant_fp8": "silu_mul",
     "rope_quant_fp8": "rope",
 }
-EMITS = {"norm": "return_norm", "silu_mul": "return_activation", "rope": "return_rotated"}
-"""The keyword that asks for what is quantised, by its source."""
+EMITS = {
+    "rms_norm_quant_fp8": "return_norm",
+    "add_rms_norm_quant_fp8": "return_norm",
+    "silu_mul_quant_fp8": "return_activation",
+    "rope_quant_fp8": "return_rotated",
+}
+"""The keyword that asks for what is quantised, by the function."""
 
 MAX_FORMATS = 3
 _SCALE_DTYPES = {
@@ -141,7 +146,7 @@ def describe(inputs: Inputs, options: Options, operation: str) -> QuantCall:
         turned = rope.describe(rope_inputs(inputs), 0, options.rope, operation)
     emit: Any = options.emit
     if not isinstance(emit, bool):
-        emits = EMITS[source]
+        emits = EMITS[operation]
         raise DTypeError(operation, emits, f"got {emit!r}; expected True or False")
     static = inputs.scale is not None
     if inputs.scale is not None:

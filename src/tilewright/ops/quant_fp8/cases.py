@@ -10,7 +10,7 @@ import torch
 from tilewright.numerics import compare, compare_codes, disagreement
 from tilewright.ops.contract import Arguments
 from tilewright.ops.quant_fp8 import reference
-from tilewright.ops.quant_fp8.call import Inputs, Options, describe, rope_inputs
+from tilewright.ops.quant_fp8.call import EMITS, Inputs, Options, describe, rope_inputs
 from tilewright.ops.quant_fp8.format import QuantFormat, checked
 from tilewright.ops.rms_norm import call as norm
 from tilewright.ops.rms_norm.reference import rms_norm
@@ -28,7 +28,6 @@ QUANT, NORM, ADD, SILU, ROPE, DEQUANT = FUNCTIONS = (
     "rope_quant_fp8",
     "dequant_fp8",
 )
-EMITS = {NORM: "return_norm", ADD: "return_norm", SILU: "return_activation", ROPE: "return_rotated"}
 _FIELDS = ("group_size", "scale_format", "scale_layout", "dtype", "policy")
 _DEFAULT = QuantFormat()
 

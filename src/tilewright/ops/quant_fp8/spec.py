@@ -9,8 +9,8 @@ import torch
 
 from tilewright.errors import ArgumentError, DTypeError
 from tilewright.ops.contract import Arguments, Family, InvalidCase
-from tilewright.ops.quant_fp8.call import INPUT_DTYPES
-from tilewright.ops.quant_fp8.cases import ADD, DEQUANT, EMITS, FUNCTIONS, NORM, QUANT, ROPE, SILU, QuantCase
+from tilewright.ops.quant_fp8.call import EMITS, INPUT_DTYPES
+from tilewright.ops.quant_fp8.cases import ADD, DEQUANT, FUNCTIONS, NORM, QUANT, ROPE, SILU, QuantCase
 from tilewright.ops.quant_fp8.format import POLICIES, SCALE_LAYOUTS, QuantFormat, QuantPolicy
 from tilewright.ops.rms_norm import call as norm
 

@@ -264,6 +264,11 @@ def _check_devices(inputs: Inputs, name: str, operation: str) -> None:
             raise ArgumentError(operation, argument(field, inputs, operation), f"is {tensor.layout}; expected strided")
 
 
+def default_rotary_dim(width: int, head_dim: int) -> int:
+    """How many of a head's features a table of ``width`` columns rotates where nothing is said."""
+    return 2 * width if 2 * width <= head_dim else width
+
+
 def _check_tables(inputs: Inputs, options: Options, head_dim: int, operation: str) -> tuple[int, bool]:
     """How many features are rotated, and whether the table has a column for each of them."""
     cos, sin = inputs.cos, inputs.sin
@@ -280,7 +285,7 @@ def _check_tables(inputs: Inputs, options: Options, head_dim: int, operation: st
         )
     width, rotary_dim = cos.shape[1], options.rotary_dim
     if rotary_dim is None:
-        rotary_dim = 2 * width if 2 * width <= head_dim else width
+        rotary_dim = default_rotary_dim(width, head_dim)
     if rotary_dim % 2 or rotary_dim < 2:
         raise ArgumentError(operation, "rotary_dim", f"got {rotary_dim}; expected an even number of at least 2")
     if width not in (rotary_dim, rotary_dim // 2):
