@@ -96,39 +96,83 @@ def _token(row, n_tokens, n_batch, ROPE: tl.constexpr):
 
 
 @triton.jit
+def _twice(value):
+    """Each of ``value``, [BLOCK_M, N], for both members of a pair, [BLOCK_M, 2 * N]."""
+    both = tl.join(value, value)
+    return tl.reshape(both, (value.shape[0], 2 * value.shape[1]))
+
+
+@triton.jit
 def _rotated(
-    x_ptr, cos_ptr, sin_ptr, x_row, cos_row, sin_row, is_turned, kept, column, mask,
-    ROPE: tl.constexpr, DTYPE: tl.constexpr,
+    x_ptr, cos_ptr, sin_ptr, x_row, cos_row, sin_row, is_turned, z, start,
+    ROPE: tl.constexpr, DTYPE: tl.constexpr, BLOCK_M: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """One chunk of rows that are rotated, fp32 [BLOCK_M, CHUNK], not rounded at the end.
 
-    The products and the sum are those of rope's kernel: one of them for each member of a pair, in either order.
+    The products and the sum are those of rope's kernel: one of them for each member of a pair, in either order. Pairs
+    side by side are exchanged in registers, others are read once more, from the cache.
     """
     OFFSET: tl.constexpr = ROPE[0]
     DIM: tl.constexpr = ROPE[1]
+    INTERLEAVED: tl.constexpr = ROPE[2]
+    FULL: tl.constexpr = ROPE[3]
+    column = start + tl.arange(0, CHUNK)
     feature = column - OFFSET
-    inside = (feature >= 0) & (feature < DIM)
-    if ROPE[2]:  # interleaved
-        is_first = feature % 2 == 0
-        partner = column + tl.where(is_first, 1, -1)
-        pair = feature // 2
+    turned = ((feature >= 0) & (feature < DIM))[None, :] & is_turned[:, None]
+    is_first = feature % 2 == 0 if INTERLEAVED else feature < DIM // 2
+    x = z.to(tl.float32)
+    if INTERLEAVED and OFFSET % 2 == 0:
+        first, second = tl.split(tl.reshape(x, (BLOCK_M, CHUNK // 2, 2)))
+        other = tl.reshape(tl.join(second, first), (BLOCK_M, CHUNK))
     else:
-        is_first = feature < DIM // 2
-        partner = column + tl.where(is_first, DIM // 2, -(DIM // 2))
-        pair = tl.where(is_first, feature, feature - DIM // 2)
-    entry = feature
-    if not ROPE[3]:  # a table with one entry for both
-        entry = pair
-    turned = mask & inside[None, :] & is_turned[:, None]
-    cos = tl.load(cos_ptr + tile(cos_row, entry), turned, 1.0)
-    sin = tl.load(sin_ptr + tile(sin_row, entry), turned, 0.0)
-    if ROPE[4]:  # rounded as Hugging Face's models do
-        cos, sin = cos.to(DTYPE), sin.to(DTYPE)
-    cos, sin = cos.to(tl.float32), sin.to(tl.float32)
-    x = kept.to(tl.float32)
-    other = tl.load(x_ptr + tile(x_row, partner), turned, 0.0).to(tl.float32)
+        step: tl.constexpr = 1 if INTERLEAVED else DIM // 2
+        partner = column + tl.where(is_first, step, -step)
+        other = tl.load(x_ptr + tile(x_row, partner), turned, 0.0).to(tl.float32)
+    if INTERLEAVED and OFFSET % 2 == 0 and not FULL:
+        pair = start // 2 - OFFSET // 2 + tl.arange(0, CHUNK // 2)
+        paired = ((pair >= 0) & (pair < DIM // 2))[None, :] & is_turned[:, None]
+        cos = _twice(_entries(cos_ptr, cos_row, pair, paired, ROPE, DTYPE))
+        sin = _twice(_entries(sin_ptr, sin_row, pair, paired, ROPE, DTYPE))
+    else:
+        entry = feature
+        if INTERLEAVED and not FULL:
+            entry = feature // 2
+        elif not FULL:
+            entry = tl.where(is_first, feature, feature - DIM // 2)
+        cos = _entries(cos_ptr, cos_row, entry, turned, ROPE, DTYPE)
+        sin = _entries(sin_ptr, sin_row, entry, turned, ROPE, DTYPE)
     y = x * cos + other * tl.where(is_first[None, :], -sin, sin)
     return tl.where(turned, y, x)
+
+
+@triton.jit
+def _entries(table_ptr, table_row, entry, mask, ROPE: tl.constexpr, DTYPE: tl.constexpr):
+    """Entries of cosines or sines, fp32; nobody reads those that the mask leaves out."""
+    values = tl.load(table_ptr + tile(table_row, entry), mask, 0.0)
+    if ROPE[4]:  # rounded as Hugging Face's models do
+        values = values.to(DTYPE)
+    return values.to(tl.float32)
+
+
+@triton.jit
+def _chunk(
+    x_ptr, residual_ptr, residual_out_ptr, cos_ptr, sin_ptr,
+    x_row, residual_row, residual_out_row, cos_row, sin_row, row_mask, is_turned, start,
+    N_COLS: tl.constexpr, SOURCE: tl.constexpr, ROPE: tl.constexpr, ROUND_RESIDUAL: tl.constexpr,
+    BLOCK_M: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """One chunk of rows as ``_source`` takes it, [BLOCK_M, CHUNK]: the sum of two, or the rotation."""
+    column = start + tl.arange(0, CHUNK)
+    z = load_summed(
+        x_ptr, residual_ptr, residual_out_ptr, x_row, residual_row, residual_out_row, column,
+        tile_mask(row_mask, column, N_COLS, CHUNK), False, ROUND_RESIDUAL, tl.float32,
+    )  # fmt: skip
+    if SOURCE == "rope":
+        z = _rotated(
+            x_ptr, cos_ptr, sin_ptr, x_row, cos_row, sin_row, is_turned, z, start,
+            ROPE, x_ptr.dtype.element_ty, BLOCK_M, CHUNK,
+        )  # fmt: skip
+    return z
 
 
 @triton.jit
@@ -321,14 +365,11 @@ def quant_kernel(
         )  # fmt: skip
     elif RESIDENT:
         for c in tl.static_range((N_COLS + CHUNK - 1) // CHUNK):
-            column = c * CHUNK + tl.arange(0, CHUNK)
-            mask = tile_mask(row_mask, column, N_COLS, CHUNK)
-            z = tl.load(x_ptr + tile(x_row, column), mask, 0.0)
-            if SOURCE == "rope":
-                z = _rotated(
-                    x_ptr, cos_ptr, sin_ptr, x_row, cos_row, sin_row, is_turned, z, column, mask,
-                    ROPE, x_ptr.dtype.element_ty,
-                )  # fmt: skip
+            z = _chunk(
+                x_ptr, residual_ptr, residual_out_ptr, cos_ptr, sin_ptr,
+                x_row, residual_row, residual_out_row, cos_row, sin_row, row_mask, is_turned, c * CHUNK,
+                N_COLS, SOURCE, ROPE, ROUND_RESIDUAL, BLOCK_M, CHUNK,
+            )  # fmt: skip
             kept = kept + (z,)  # noqa: RUF005
     given_scale = given_scale_ptr
     if given_scale_ptr is not None:
@@ -357,15 +398,11 @@ def quant_kernel(
             weight = weight_ptr
             if weight_ptr is not None:
                 weight = load_weight(weight_ptr, column, N_COLS)
-            z = load_summed(
-                x_ptr, residual_ptr, residual_out_ptr, x_row, residual_row, residual_out_row, column,
-                tile_mask(row_mask, column, N_COLS, CHUNK), False, ROUND_RESIDUAL, tl.float32,
+            z = _chunk(
+                x_ptr, residual_ptr, residual_out_ptr, cos_ptr, sin_ptr,
+                x_row, residual_row, residual_out_row, cos_row, sin_row, row_mask, is_turned, c * CHUNK,
+                N_COLS, SOURCE, ROPE, ROUND_RESIDUAL, BLOCK_M, CHUNK,
             )  # fmt: skip
-            if SOURCE == "rope":
-                z = _rotated(
-                    x_ptr, cos_ptr, sin_ptr, x_row, cos_row, sin_row, is_turned, z, column,
-                    tile_mask(row_mask, column, N_COLS, CHUNK), ROPE, x_ptr.dtype.element_ty,
-                )  # fmt: skip
             largest_0, largest_1, largest_2 = _first_pass(
                 x_ptr, emit_ptr, values_0_ptr, scale_0_ptr, values_1_ptr, scale_1_ptr, values_2_ptr, scale_2_ptr,
                 z, rstd, weight, x_row, row, row_mask, c * CHUNK, largest_0, largest_1, largest_2,
@@ -395,15 +432,11 @@ def quant_kernel(
                 weight = weight_ptr
                 if weight_ptr is not None:
                     weight = load_weight(weight_ptr, column, N_COLS)
-                z = load_summed(
-                    x_ptr, residual_ptr, residual_out_ptr, x_row, residual_row, residual_out_row, column,
-                    tile_mask(row_mask, column, N_COLS, CHUNK), False, ROUND_RESIDUAL, tl.float32,
+                z = _chunk(
+                    x_ptr, residual_ptr, residual_out_ptr, cos_ptr, sin_ptr,
+                    x_row, residual_row, residual_out_row, cos_row, sin_row, row_mask, is_turned, c * CHUNK,
+                    N_COLS, SOURCE, ROPE, ROUND_RESIDUAL, BLOCK_M, CHUNK,
                 )  # fmt: skip
-                if SOURCE == "rope":
-                    z = _rotated(
-                        x_ptr, cos_ptr, sin_ptr, x_row, cos_row, sin_row, is_turned, z, column,
-                        tile_mask(row_mask, column, N_COLS, CHUNK), ROPE, x_ptr.dtype.element_ty,
-                    )  # fmt: skip
                 _second_pass(
                     x_ptr, values_0_ptr, values_1_ptr, values_2_ptr, z, rstd, weight, x_row, row, row_mask,
                     c * CHUNK, high_0, low_0, high_1, low_1, high_2, low_2,
