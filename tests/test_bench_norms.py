@@ -15,7 +15,7 @@ from tilewright.bench.gate import Gate, spoil
 from tilewright.bench.providers import Prepared, evaluate, suite
 from tilewright.errors import ArgumentError
 from tilewright.numerics import compare
-from tilewright.ops.quant_fp8.cases import ADD, NORM, QUANT, SILU
+from tilewright.ops.quant_fp8.cases import ADD, NORM, QUANT, ROPE, SILU
 from tilewright.ops.quant_fp8.format import DTYPES, QuantFormat
 from tilewright.ops.quant_fp8.spec import QuantWorkload
 from tilewright.ops.rms_norm.spec import RmsNormWorkload
@@ -41,6 +41,8 @@ QUANTS = (
     QuantWorkload("test", 1, QUANT, 5, 384),
     QuantWorkload("test", 1, QUANT, 5, 384, (QuantFormat(None),)),
     QuantWorkload("test", 1, QUANT, 6, 640, (PACKED,)),
+    QuantWorkload("test", 1, ROPE, 128, 256),
+    QuantWorkload("test", 1, ROPE, 128, 128, (QuantFormat(), MX), emit=True),
 )
 WIDE = QuantWorkload("test", 1, NORM, 32, 1024)
 
@@ -90,7 +92,7 @@ def test_quant_providers_pass_the_gate(workload: QuantWorkload, dtype: torch.dty
             assert verdict.ok, (provider.name, verdict.reason)
             accepted.add(provider.name)
     assert accepted >= {"eager", "reference", "copy"}
-    assert ("two_kernels" in accepted) == ("triton" in accepted and workload.function in (NORM, ADD))
+    assert ("two_kernels" in accepted) == ("triton" in accepted and workload.function in (NORM, ADD, ROPE))
 
 
 def test_plain_parts_are_one_graph() -> None:

@@ -1,4 +1,4 @@
-"""Who quantises to FP8, alone or behind a norm or a gated SiLU, for the benchmark, and how codes are judged.
+"""Who quantises to FP8, alone or behind another operation, for the benchmark, and how codes are judged.
 
 What is quantised is ``y``, whose truth ``t`` is computed in float64. Results are right if
 
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from tilewright.bench import norm_peers, rms_norm
+from tilewright.bench import norm_peers, rms_norm, rope
 from tilewright.bench.providers import (
     CopyProvider,
     Formulation,
@@ -34,7 +34,7 @@ from tilewright.bench.providers import (
 from tilewright.numerics import EQUAL_CODES, REFERENCE_ERRORS, compare_codes, disagreement
 from tilewright.ops.quant_fp8 import reference
 from tilewright.ops.quant_fp8.call import EMITS, Inputs, Options, describe
-from tilewright.ops.quant_fp8.cases import ADD, NORM, QUANT, SILU
+from tilewright.ops.quant_fp8.cases import ADD, NORM, QUANT, ROPE, SILU
 from tilewright.ops.quant_fp8.format import QuantFormat, checked
 from tilewright.ops.rms_norm.call import Options as NormOptions
 
@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from tilewright.bench.providers import Task, Tensors
     from tilewright.ops.contract import Arguments, Workload
 
+_FIRST = {NORM: "rms_norm", ADD: "add_rms_norm", ROPE: "rope"}
 _FIELDS = ("group_size", "scale_format", "scale_layout", "dtype", "policy")
 
 
@@ -62,7 +63,7 @@ def suite() -> Suite:
         ),
         FunctionProvider(
             "two_kernels",
-            "tilewright's Triton kernels one after the other: the norm, then one quantisation for each format",
+            "tilewright's Triton kernels one after the other: norm or rotation, then one quantisation for each format",
             two_kernels,
             formulation=lambda task: SAME_ARITHMETIC,
             missing=no_kernels,
@@ -114,7 +115,7 @@ def formats_of(task: Task) -> tuple[QuantFormat, ...]:
 
 
 def plain(task: Task) -> Callable[..., Any]:
-    """A norm or an activation and its quantisation as one writes them in PyTorch, as vLLM does without kernels.
+    """A norm, an activation or a rotation and its quantisation in plain PyTorch, as vLLM does without kernels.
 
     The function gives exponents as uint8, which :func:`with_exponents` takes for what they are: not everything that
     compiles knows ``float8_e8m0fnu``.
@@ -129,6 +130,8 @@ def plain(task: Task) -> Callable[..., Any]:
         elif function == SILU:
             gate, up = args[0].chunk(2, dim=-1)
             y = F.silu(gate) * up
+        elif function == ROPE:
+            (y,) = rope.plain(*args)
         else:
             (y,) = args
         pairs = [t for f in formats for t in (_quantised(f, y) if scale is None else (_encoded(f, y, scale), scale))]
@@ -183,16 +186,16 @@ def _only_whole_groups(task: Task) -> str | None:
 
 
 def two_kernels(task: Task) -> Callable[..., Any]:
-    """The norm, and then one quantisation for each format, each a launch of its own."""
+    """The norm or the rotation, and then one quantisation for each format, each a launch of its own."""
     import tilewright
 
     emit, summed = _emits(task), task.function == ADD
-    norm: Callable[..., Any] = tilewright.add_rms_norm if summed else tilewright.rms_norm
+    first: Callable[..., Any] = getattr(tilewright, _FIRST[task.function])
     each = [{name: getattr(f, name) for name in _FIELDS} for f in formats_of(task)]
 
     def run(*args: torch.Tensor, scale: torch.Tensor | None = None, **_options: Any) -> Any:
-        normed = norm(*args, impl="triton")
-        y, *stored = normed if summed else (normed,)
+        made = first(*args, impl="triton")
+        y, *stored = made if summed else (made,)
         pairs = [tilewright.quant_fp8(y, scale=scale, impl="triton", **options) for options in each]
         return (*pairs[0], *stored, *((y,) if emit else ()), *pairs[1:])
 
@@ -200,8 +203,8 @@ def two_kernels(task: Task) -> Callable[..., Any]:
 
 
 def _not_two_kernels(task: Task) -> str | None:
-    if task.function not in (NORM, ADD):
-        return "only a norm and its quantisation are two kernels of ours"
+    if task.function not in _FIRST:
+        return "only a norm or a rotation and its quantisation are two kernels of ours"
     return not_chosen("triton", task)
 
 
@@ -313,12 +316,12 @@ def slack(task: Task, truth: torch.Tensor) -> torch.Tensor:
     """How far what is quantised may be off the truth, element by element, before it is quantised.
 
     A norm's ``y = n * w`` comes of float32 arithmetic, ``n`` is rounded to the dtype of ``x``, and the product again; a
-    gated SiLU is rounded at the same two places. With ``u = eps / 2`` a rounding is off by at most ``u / (1 + u)`` of
-    the number, two of them together by less than ``2 u = eps``. Below the normal numbers a rounding is off by half a
-    subnormal step instead, of ``n`` or of the product, which multiplies the former by ``w``. The arithmetic has the
-    budget of the numerics policy, its reference's error being that of the definition without these roundings. The
-    policy's one unit of float32 also covers a quotient by a scale, or a product with its reciprocal. Kernels that
-    round in fewer places, or divide tensors as they are but not exactly, stay within the same.
+    gated SiLU is rounded at the same two places, a rotation once. With ``u = eps / 2`` a rounding is off by at most ``u
+    / (1 + u)`` of the number, two of them together by less than ``2 u = eps``. Below the normal numbers a rounding is
+    off by half a subnormal step instead, of ``n`` or of the product, which multiplies the former by ``w``. The
+    arithmetic has the budget of the numerics policy, its reference's error being that of the definition without these
+    roundings. The policy's one unit of float32 also covers a quotient by a scale, or a product with its reciprocal.
+    Kernels that round in fewer places, or divide tensors as they are but not exactly, stay within the same.
 
     Args:
         task: the call.
@@ -443,6 +446,9 @@ def _source_in_double(task: Task) -> torch.Tensor:
         gate, up = task.args[0].double().chunk(2, dim=-1)
         activation: torch.Tensor = gate / (1.0 + torch.exp(-gate)) * up
         return activation
+    if task.function == ROPE:
+        doubles = tuple(each.double() for each in task.args)
+        return by_reference(replace(task, function="rope", args=doubles, kwargs={}))[0]
     summed = task.function == ADD
     kept = {name: task.kwargs[name] for name in NormOptions._fields if name in task.kwargs}
     norm = replace(task, function="add_rms_norm" if summed else "rms_norm", kwargs=kept)
@@ -451,6 +457,8 @@ def _source_in_double(task: Task) -> torch.Tensor:
 
 def _inputs(task: Task) -> Inputs:
     x, *rest = task.args
+    if task.function == ROPE:
+        return Inputs(x, cos=rest[0], sin=rest[1], scale=task.kwargs.get("scale"))
     residual = rest.pop(0) if task.function == ADD else None
     return Inputs(x, residual, rest[0] if rest else None, task.kwargs.get("scale"))
 

@@ -13,6 +13,7 @@ from tilewright.ops.quant_fp8.call import EMITS, INPUT_DTYPES
 from tilewright.ops.quant_fp8.cases import ADD, DEQUANT, FUNCTIONS, NORM, QUANT, ROPE, SILU, QuantCase
 from tilewright.ops.quant_fp8.format import POLICIES, SCALE_LAYOUTS, QuantFormat, QuantPolicy
 from tilewright.ops.rms_norm import call as norm
+from tilewright.ops.rope.table import rope_table
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -22,7 +23,9 @@ if TYPE_CHECKING:
     _Build = Callable[[torch.device], Arguments]
 
 _MAIN = (torch.bfloat16, torch.float32)
-_SHORT = {QUANT: "quant", NORM: "norm", ADD: "add", SILU: "silu"}
+_SHORT = {QUANT: "quant", NORM: "norm", ADD: "add", SILU: "silu", ROPE: "rope"}
+_HEADS = 64
+"""Of a token, in a workload of a rotation: as DeepSeek-V3.2's indexer has, which rotates half of each."""
 _DEFAULT = QuantFormat()
 _PACKED = QuantFormat(scale_format="ue8m0_packed", scale_layout="tma_aligned")
 _MX = QuantFormat(group_size=32, scale_format="ue8m0")
@@ -374,6 +377,7 @@ class QuantWorkload:
     """One shape of the benchmark.
 
     Attributes:
+        n_rows: how many rows; of a rotation as many tokens as they are in heads.
         n_cols: the length of a row of values; rows of ``x`` are twice as long for the gated SiLU.
         formats: one for each quantisation.
         static: a scale is given.
@@ -402,12 +406,16 @@ class QuantWorkload:
         for f in self.formats:
             kind = "" if f.scale_format == "fp32" else f" {f.scale_format}"
             shown.append(("token" if f.group_size is None else f"1x{f.group_size}") + kind)
-        return " + ".join([*shown, *(("norm",) if self.emit else ())])
+        return " + ".join([*shown, *((EMITS[self.function].removeprefix("return_"),) if self.emit else ())])
 
     @property
     def parameters(self) -> Mapping[str, int | str | bool]:
         """The shape and the formats."""
         return {"n_rows": self.n_rows, "n_cols": self.n_cols, "formats": self._shown, "emit": self.emit}
+
+    @property
+    def _tokens(self) -> int:
+        return self.n_rows // _HEADS
 
     def arguments(self, device: torch.device, dtype: torch.dtype, seed: int = 0) -> Arguments:
         """Random data, generated on the device."""
@@ -417,6 +425,9 @@ class QuantWorkload:
             return torch.randn(shape, generator=generator, dtype=dtype, device=device)
 
         args = [random(self.n_rows, self.n_cols * (2 if self.function == SILU else 1))]
+        if self.function == ROPE:
+            args = [args[0].view(1, self._tokens, _HEADS, self.n_cols)]
+            args += rope_table(self.n_cols // 2, self._tokens, device=device)
         if self.function == ADD:
             args.append(random(self.n_rows, self.n_cols))
         if self.function in (NORM, ADD):
@@ -440,6 +451,8 @@ class QuantWorkload:
             moved += 2 * elements * dtype.itemsize  # the residual read, the sum written
         if self.function in (NORM, ADD):
             moved += self.n_cols * dtype.itemsize
+        if self.function == ROPE:
+            moved += self._tokens * self.n_cols // 2 * torch.float32.itemsize
         if self.emit:
             moved += elements * dtype.itemsize
         for f in self.formats:
@@ -452,10 +465,12 @@ class QuantWorkload:
     def flops(self, direction: Direction) -> int:
         """For each element five for each format (magnitude, maximum, quotient, two bounds).
 
-        The norm takes four more (square, sum, two products), the residual one, the gated SiLU five.
+        The norm takes four more (square, sum, two products), the residual one, the gated SiLU five, the rotation three
+        for each element that is rotated (two products, a sum).
         """
-        extra = {QUANT: 0, NORM: 4, ADD: 5, SILU: 5}
-        return self.n_rows * self.n_cols * (5 * len(self.formats) + extra[self.function])
+        rotated = self.n_rows * self.n_cols // 2 if self.function == ROPE else 0
+        extra = {QUANT: 0, NORM: 4, ADD: 5, SILU: 5, ROPE: 0}
+        return self.n_rows * self.n_cols * (5 * len(self.formats) + extra[self.function]) + 3 * rotated
 
 
 def _workloads() -> tuple[QuantWorkload, ...]:
@@ -471,6 +486,7 @@ def _workloads() -> tuple[QuantWorkload, ...]:
         *(QuantWorkload("quant alone", 8192, QUANT, 8192, 7168, (f,)) for f in (token, _PACKED)),
         *(QuantWorkload("silu", n, SILU, 8192, n) for n in (4096, 18432 // 2)),
         QuantWorkload("static", 8192, NORM, 8192, 7168, static=True),
+        *(QuantWorkload("rope", tokens, ROPE, _HEADS * tokens, 128) for tokens in (64, 1024, 8192)),
     )
 
 
