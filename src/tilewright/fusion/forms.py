@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch.fx import Node
 
-from tilewright.fusion.graph import arguments, aten, by_hint, is_call, prims, same_size, value
+from tilewright.fusion.graph import arguments, aten, by_hint, is_call, prims, same_size, signature, value
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -178,10 +178,10 @@ class Call(Form):
         if self.when is not None and not self.when(what):
             return
         given, count = arguments(what), len(self.operands)
-        schema = what.target._schema.arguments
-        if any(not a.has_default_value() or given.get(a.name) != a.default_value for a in schema[count:]):
+        defaults, _, names = signature(what.target)
+        if any(name not in defaults or given[name] != defaults[name] for name in names[count:]):
             return
-        values = [given.get(a.name) for a in schema[:count]]
+        values = [given.get(name) for name in names[:count]]
         for order in permutations(values) if self.commutative else (values,):
             yield from _each(self.operands, order, so_far.holding(what))
 

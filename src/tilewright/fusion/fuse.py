@@ -18,6 +18,7 @@ from tilewright.errors import TilewrightError
 from tilewright.fusion.expressions import writes
 from tilewright.fusion.graph import (
     CannotBuild,
+    Changes,
     Editor,
     Order,
     aten,
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
 
     from torch.fx import Graph
 
-    from tilewright.fusion.found import Index
+    from tilewright.fusion.found import Found, Index
     from tilewright.fusion.report import Role
     from tilewright.fusion.rule import Rule
 
@@ -106,11 +107,12 @@ def _asked(
     for miss in index.misses:
         decision = Decision(miss.kind, miss.node.name, "refused", f"not quite: {miss.reason}", where(miss.node))
         refused[miss.kind, miss.node.name] = decision
+    differing = [found for found in index.found if found.differs]
     for rule in rules:
         if rule.name in disabled:
             continue
         try:
-            said = [_with_differences(each, index) for each in rule.propose(graph, index)]
+            said = [_with_differences(each, differing) for each in rule.propose(graph, index)]
             ranked = [(each.saved, each) for each in said if isinstance(each, Proposal)]
         except Exception as error:  # whatever it is, the graph is as good as before
             decided.append(_failed(rule, graph, error))
@@ -124,11 +126,11 @@ def _asked(
     return [(rule, proposal) for _, rule, proposal in proposals], refused
 
 
-def _with_differences(said: Proposal | Refusal, index: Index) -> Proposal | Refusal:
+def _with_differences(said: Proposal | Refusal, differing: Sequence[Found]) -> Proposal | Refusal:
     """A proposal that also names how the options of what it replaces are not quite what the graph has."""
     if isinstance(said, Refusal):
         return said
-    names = {name: None for found in index.found if found.nodes & said.claims for name in found.differs}
+    names = {name: None for found in differing if found.nodes & said.claims for name in found.differs}
     return replace(said, differences=tuple({**dict.fromkeys(said.differences), **names})) if names else said
 
 
@@ -142,7 +144,7 @@ def _apply(
 ) -> bool:
     """Make the best of the proposals; whether another round may make more."""
     taken: dict[Node, str] = {}
-    moved: dict[Node, Node] = {}
+    changes = Changes()
     regions, order = _regions(graph), Order(graph)
     served: dict[str, str] = {}
     waits = False
@@ -158,7 +160,7 @@ def _apply(
             continue
         try:
             why = _not_allowed(rule, proposal, policy, regions) or unserved(proposal, served)
-            outcome = _refused(rule, start, why) if why else _make(graph, rule, proposal, policy, moved, order)
+            outcome = _refused(rule, start, why) if why else _make(graph, rule, proposal, policy, changes, order)
         except TilewrightError as error:  # of the new operation's own check; what was added is dead
             refused[key] = _refused(rule, start, f"the new operation refuses the call: {error}")
             continue
@@ -201,11 +203,11 @@ def _not_allowed(rule: Rule, proposal: Proposal, policy: Policy, regions: Mappin
 
 
 def _make(
-    graph: Graph, rule: Rule, proposal: Proposal, policy: Policy, moved: dict[Node, Node], order: Order
+    graph: Graph, rule: Rule, proposal: Proposal, policy: Policy, changes: Changes, order: Order
 ) -> Decision:
     """Put the new operation in, unless its results are not quite what is there now."""
     first = min(proposal.claims, key=lambda node: node._sort_key)
-    editor = Editor(graph, proposal.node, first, moved)
+    editor = Editor(graph, proposal.node, first, changes)
     try:
         built = proposal.build(editor)
     except CannotBuild as error:
@@ -228,7 +230,7 @@ def _make(
         return _refused(rule, proposal.node, why)
     replaced = tuple(sorted({node.name for node in proposal.claims}))
     source = where(proposal.node)
-    _exchange(editor, built, moved)
+    changes.moved |= _exchange(editor, built)
     order.replaced(proposal.claims, editor.added)
     if policy.verify:  # which runs nodes in their order
         in_order(graph)
@@ -238,9 +240,10 @@ def _make(
     )  # fmt: skip
 
 
-def _exchange(editor: Editor, built: Mapping[Node, Node], moved: dict[Node, Node]) -> None:
-    """Give every user the new nodes. Results that a caller gets as two tensors stay two."""
+def _exchange(editor: Editor, built: Mapping[Node, Node]) -> dict[Node, Node]:
+    """Give every user the new nodes; by the old ones. Results that a caller gets as two tensors stay two."""
     handed_out: set[Node] = set()
+    exchanged: dict[Node, Node] = {}
     for old, new in built.items():
         given = new
         if _is_handed_out(old):
@@ -250,7 +253,8 @@ def _exchange(editor: Editor, built: Mapping[Node, Node], moved: dict[Node, Node
                 given = editor.call(aten.clone.default, new)
             handed_out.add(memory)
         old.replace_all_uses_with(given)
-        moved[old] = given
+        exchanged[old] = given
+    return exchanged
 
 
 def _is_handed_out(node: Node) -> bool:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import operator
 import re
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass, field
+from functools import cache
 from math import inf
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch._guards import detect_fake_mode
+from torch._ops import OpOverload
 from torch.fx import Node
 
 if TYPE_CHECKING:
@@ -41,10 +44,16 @@ def is_call(node: Any, *targets: Any) -> bool:
 
 def arguments(node: Node) -> dict[str, Any]:
     """The arguments of a call of an operator by the names of its schema, those left out with their defaults."""
-    schema = node.target._schema  # type: ignore[union-attr]
-    bound = {a.name: a.default_value for a in schema.arguments if a.has_default_value()}
-    positional = [a.name for a in schema.arguments if not a.kwarg_only]
-    return bound | dict(zip(positional, node.args, strict=False)) | dict(node.kwargs)
+    defaults, positional, _ = signature(node.target)
+    return {**defaults, **dict(zip(positional, node.args, strict=False)), **node.kwargs}
+
+
+@cache
+def signature(target: Any) -> tuple[dict[str, Any], tuple[str, ...], tuple[str, ...]]:
+    """An operator's defaults by name, and the names of its positional arguments and of all of them."""
+    declared = target._schema.arguments
+    defaults = {a.name: a.default_value for a in declared if a.has_default_value()}
+    return defaults, tuple(a.name for a in declared if not a.kwarg_only), tuple(a.name for a in declared)
 
 
 def result(node: Node, index: int) -> Node | None:
@@ -223,6 +232,32 @@ class CannotBuild(Exception):
     """A proposal turns out not to be possible; its message is the reason that the report gives."""
 
 
+@dataclass
+class Changes:
+    """What is known of a graph since it was looked at.
+
+    Attributes:
+        moved: which nodes have been replaced by which.
+        layouts: what calls gave: the layouts of their results, by operator, options and the layouts of their inputs.
+    """
+
+    moved: dict[Node, Node] = field(default_factory=dict)
+    layouts: dict[Any, list[_Layout]] = field(default_factory=dict)
+
+
+class _Layout(NamedTuple):
+    """How a tensor lies in memory."""
+
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+
+def _layout(fake: torch.Tensor) -> _Layout:
+    return _Layout(tuple(fake.shape), fake.stride(), fake.dtype, fake.device)
+
+
 class Editor:
     """Adds nodes to a graph, each with the fake that it will hold.
 
@@ -230,11 +265,11 @@ class Editor:
         graph: the graph.
         anchor: the node whose source lines the new nodes get.
         first: in front of which nothing is put, so that what is written in between is still read at the same time.
-        moved: which nodes have been replaced by which since the graph was looked at.
+        changes: what has been changed so far.
     """
 
-    def __init__(self, graph: torch.fx.Graph, anchor: Node, first: Node, moved: Mapping[Node, Node]) -> None:
-        self.graph, self.anchor, self._after, self._moved = graph, anchor, first.prev, moved
+    def __init__(self, graph: torch.fx.Graph, anchor: Node, first: Node, changes: Changes) -> None:
+        self.graph, self.anchor, self._after, self._changes = graph, anchor, first.prev, changes
         self._mode = detect_fake_mode([value(anchor)])
         self.added: list[Node] = []
 
@@ -242,21 +277,32 @@ class Editor:
         """A call, right behind the last of its arguments."""
         args, kwargs = torch.fx.map_arg((args, kwargs), self._now)
         before = [self._after]
-        torch.fx.map_arg((args, kwargs), before.append)
+        held_args, held_kwargs = torch.fx.map_arg((args, kwargs), lambda n: before.append(n) or value(n))
         with self.graph.inserting_after(max(before, key=lambda n: n._sort_key)):
             node = self.graph.call_function(target, args, kwargs)
-        spread = torch.fx.map_arg((args, kwargs), value)
-        with nullcontext() if self._mode is None or target is operator.getitem else self._mode:
-            node.meta["val"] = target(*spread[0], **spread[1])
+        node.meta["val"] = self._result(target, held_args, held_kwargs)
         for name in ("stack_trace", "nn_module_stack", "original_aten", "from_node"):
             if name in self.anchor.meta:
                 node.meta[name] = self.anchor.meta[name]
         self.added.append(node)
         return node
 
+    def _result(self, target: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """What a call gives, as fakes; of an operator that has been asked the same before, by the layouts it gave."""
+        if target is operator.getitem or self._mode is None:
+            return target(*args, **kwargs)
+        key = _question(target, args, kwargs)
+        with self._mode:
+            if (known := self._changes.layouts.get(key)) is not None:
+                return [torch.empty_strided(size, stride, dtype=t, device=at) for size, stride, t, at in known]
+            results = target(*args, **kwargs)
+        if key is not None and isinstance(results, list):
+            self._changes.layouts[key] = [_layout(each) for each in results]
+        return results
+
     def _now(self, node: Node) -> Node:
-        while node in self._moved:
-            node = self._moved[node]
+        while node in self._changes.moved:
+            node = self._changes.moved[node]
         return node
 
     def item(self, node: Node, index: int) -> Node:
@@ -301,6 +347,23 @@ class Editor:
                 if not isinstance(its, int) and same_size(its, size):
                     return self.size(source, dim)
         return None
+
+
+_FIXED = (int, float, str, torch.dtype, torch.device, type(None))
+
+
+def _question(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """What the layouts of new tensors depend on; None where they are no new ones, or a size is symbolic."""
+    if not isinstance(target, OpOverload) or any(each.alias_info is not None for each in target._schema.returns):
+        return None
+    given: list[Any] = []
+    for each in (*args, *kwargs, *kwargs.values()):
+        parts = (*each.shape, *each.stride()) if isinstance(each, torch.Tensor) else each
+        parts = parts if isinstance(parts, list | tuple) else (parts,)
+        if not all(isinstance(part, _FIXED) for part in parts):
+            return None
+        given.append(_layout(each) if isinstance(each, torch.Tensor) else tuple(parts))
+    return target, *given
 
 
 def finish(graph: torch.fx.Graph) -> None:
