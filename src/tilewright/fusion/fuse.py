@@ -202,9 +202,7 @@ def _not_allowed(rule: Rule, proposal: Proposal, policy: Policy, regions: Mappin
     return ""
 
 
-def _make(
-    graph: Graph, rule: Rule, proposal: Proposal, policy: Policy, changes: Changes, order: Order
-) -> Decision:
+def _make(graph: Graph, rule: Rule, proposal: Proposal, policy: Policy, changes: Changes, order: Order) -> Decision:
     """Put the new operation in, unless its results are not quite what is there now."""
     first = min(proposal.claims, key=lambda node: node._sort_key)
     editor = Editor(graph, proposal.node, first, changes)
