@@ -9,6 +9,7 @@ from weakref import WeakValueDictionary
 import torch
 
 from tilewright.fusion.graph_pass import SLOT, FusionPass, configured, keep, passes
+from tilewright.fusion.roomy import roomy
 from tilewright.fusion.store import Store, graph_key
 
 if TYPE_CHECKING:
@@ -68,7 +69,7 @@ class Backend:
         self._pass.salt = key
         patches = self._config | {SLOT: self._pass}
         with _eager_backward():
-            compiled: Any = compile_fx(module, example_inputs, config_patches=patches)
+            compiled: Any = roomy(compile_fx, module, example_inputs, config_patches=patches)
         made, self._pass.made = self._pass.made, []
         report = self._pass.report
         if identity is not None:

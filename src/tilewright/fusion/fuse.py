@@ -91,11 +91,10 @@ def fuse(graph: Graph, rules: Sequence[Rule], policy: Policy, role: Role = "unkn
     done = {name for d in decided if d.action == "fused" for name in d.replaced}
     decided += (d for d in refused.values() if not (d.node in done and d.reason.endswith(_RIVAL)))
     added = {name for d in decided for name in d.added}
-    names = {line.name for line in before}
-    after = tuple(replace(line, touched=line.name in added or line.name not in names) for line in _lines(graph, texts))
+    names = {name for name, _ in before}
+    after = tuple(Line(name, text, name in added or name not in names) for name, text in _lines(graph, texts))
     remaining = {line.name for line in after}
-    before = tuple(replace(line, touched=line.name not in remaining) for line in before)
-    return GraphReport(role, tuple(decided), before, after)
+    return GraphReport(role, tuple(decided), tuple(Line(*line, line[0] not in remaining) for line in before), after)
 
 
 def _asked(
@@ -292,8 +291,8 @@ def _failed(rule: Rule, graph: Graph, error: Exception, node: Node | None = None
     return Decision(rule.name, at.name, "failed", reason, where(at) if node else "")
 
 
-def _lines(graph: Graph, texts: dict[Node, tuple[object, object, str]]) -> tuple[Line, ...]:
-    """The nodes of a graph as text.
+def _lines(graph: Graph, texts: dict[Node, tuple[object, object, str]]) -> list[tuple[str, str]]:
+    """The nodes of a graph, each by its name and as text.
 
     Args:
         graph: which.
@@ -303,7 +302,7 @@ def _lines(graph: Graph, texts: dict[Node, tuple[object, object, str]]) -> tuple
         args, kwargs, _ = texts.get(node, (None, None, ""))
         if args is not node.args or kwargs is not node.kwargs:
             texts[node] = node.args, node.kwargs, _text(node)
-    return tuple(Line(node.name, texts[node][2]) for node in graph.nodes)
+    return [(node.name, texts[node][2]) for node in graph.nodes]
 
 
 def _text(node: Node) -> str:

@@ -277,10 +277,15 @@ class Editor:
         """A call, right behind the last of its arguments."""
         args, kwargs = torch.fx.map_arg((args, kwargs), self._now)
         before = [self._after]
-        held_args, held_kwargs = torch.fx.map_arg((args, kwargs), lambda n: before.append(n) or value(n))
+
+        def held(node: Node) -> Any:
+            before.append(node)
+            return value(node)
+
+        fakes = torch.fx.map_arg((args, kwargs), held)
         with self.graph.inserting_after(max(before, key=lambda n: n._sort_key)):
             node = self.graph.call_function(target, args, kwargs)
-        node.meta["val"] = self._result(target, held_args, held_kwargs)
+        node.meta["val"] = self._result(target, *fakes)
         for name in ("stack_trace", "nn_module_stack", "original_aten", "from_node"):
             if name in self.anchor.meta:
                 node.meta[name] = self.anchor.meta[name]

@@ -19,6 +19,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from tilewright.errors import ArgumentError
 from tilewright.fusion.fuse import Policy, fuse
 from tilewright.fusion.recognise import identity
+from tilewright.fusion.roomy import roomy
 from tilewright.fusion.rules import RULES
 from tilewright.ops import register
 from tilewright.platforms import facts
@@ -72,7 +73,7 @@ class FusionPass(CustomGraphPass):
         role = role_of(graph)
         start = time.perf_counter()
         with _uncollected():
-            done = fuse(graph, self.rules, self.policy, role)
+            done = roomy(fuse, graph, self.rules, self.policy, role)
         done = replace(done, seconds=time.perf_counter() - start)
         self.report.graphs.append(done)
         self.made.append(done)
