@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch._guards import detect_fake_mode
 from torch._ops import OpOverload
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import Node
 
 if TYPE_CHECKING:
@@ -258,6 +259,12 @@ def _layout(fake: torch.Tensor) -> _Layout:
     return _Layout(tuple(fake.shape), fake.stride(), fake.dtype, fake.device)
 
 
+def _empty(mode: FakeTensorMode, layout: _Layout) -> FakeTensor:
+    """A fake of new memory, made as its mode makes those that it has the layouts of."""
+    size, stride, dtype, device = layout
+    return FakeTensor(mode, torch.empty_strided(size, stride, dtype=dtype, device="meta"), device)
+
+
 class Editor:
     """Adds nodes to a graph, each with the fake that it will hold.
 
@@ -297,9 +304,9 @@ class Editor:
         if target is operator.getitem or self._mode is None:
             return target(*args, **kwargs)
         key = _question(target, args, kwargs)
+        if (known := self._changes.layouts.get(key)) is not None:
+            return [_empty(self._mode, layout) for layout in known]
         with self._mode:
-            if (known := self._changes.layouts.get(key)) is not None:
-                return [torch.empty_strided(size, stride, dtype=t, device=at) for size, stride, t, at in known]
             results = target(*args, **kwargs)
         if key is not None and isinstance(results, list):
             self._changes.layouts[key] = [_layout(each) for each in results]

@@ -129,9 +129,11 @@ def _follows(found: Found, before: Found) -> bool:
 
 def _key(index: Index, found: Found) -> Any:
     """What rotations have in common that one call can make."""
-    options = {name: given for name, given in found.options.items() if name not in _ONE_AT_A_TIME}
-    table = tuple(index.held(found, name) for name in _TABLE)
-    return table, _alike(found), str(sorted(options.items(), key=str))
+    if found not in index.alike:
+        options = {name: given for name, given in found.options.items() if name not in _ONE_AT_A_TIME}
+        table = tuple(index.held(found, name) for name in _TABLE)
+        index.alike[found] = table, _alike(found), str(sorted(options.items(), key=str))
+    return index.alike[found]
 
 
 def _alike(found: Found) -> tuple[Any, ...]:
