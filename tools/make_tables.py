@@ -88,8 +88,20 @@ H200 = (
             "norm m8192 n7168 1x128 + 1x32 ue8m0 + norm",
             "quant m32768 n7168 1x128",
             "silu m8192 n4096 1x128",
+            "rope m65536 n128 1x128",
         ),
         ("triton", "two_kernels", "compile", "eager", "flashinfer", "torchao", "copy"),
+    ),
+    Shown(
+        "qk_norm_rope",
+        (
+            "b256 s1 h32+8 d128",
+            "b1 s2048 h32+8 d128",
+            "b1 s32768 h32+8 d128",
+            "b2 s8192 h64+8 d128",
+            "b1 s8192 h32+8 d128 interleaved",
+        ),
+        ("triton", "three_kernels", "compile", "eager", "copy"),
     ),
     Shown(
         "mhc",
