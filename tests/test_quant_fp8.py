@@ -27,6 +27,8 @@ from tilewright import (
     numerics,
     quant_fp8,
     rms_norm_quant_fp8,
+    rope,
+    rope_quant_fp8,
     silu_mul_quant_fp8,
 )
 from tilewright.dispatch.eager import PlanCache
@@ -471,6 +473,29 @@ def test_rows_cut_among_programs(target, function, form, n_cols, monkeypatch):
     for each in results[1:]:
         assert same_bits(each.values, results[0].values)
         assert same_bits(each.scales, results[0].scales)
+
+
+@pytest.mark.parametrize("target", [p for p in TARGETS if p.values[0].implementation == "triton"])
+@pytest.mark.parametrize("resident", [True, False])
+@pytest.mark.parametrize("interleaved", [True, False])
+@pytest.mark.parametrize("full", [True, False])
+@pytest.mark.parametrize("offset", [6, 7, 64])
+def test_chunks_of_a_rotation_do_not_show(target, resident, interleaved, full, offset, monkeypatch):
+    """Rotations that begin and end within chunks of several rows."""
+    x = random(target, 1, 3, 2, 160)
+    table = [random(target, 3, 80 if full else 40, dtype=torch.float32) for _ in range(2)]
+    turn = {"interleaved": interleaved, "rotary_dim": 80, "rotary_offset": offset}
+    results = []
+    for block in (None, RowBlock(4, 64, 8, resident=resident, num_warps=1)):
+        if block is not None:
+            monkeypatch.setattr(kernels, "row_block", lambda *given, block=block: block)
+            monkeypatch.setattr(kernels, "cut_block", lambda *given: None)
+            monkeypatch.setattr(op, "_PLANS", PlanCache())
+        form = {"group_size": 32, "also": (QuantFormat(None),), "return_rotated": True}
+        results.append(serve(target, rope_quant_fp8, x, *table, **turn, **form))
+    whole, cut = ([*each[:3], *each.also[0]] for each in results)
+    assert all(map(same_bits, whole, cut))
+    assert same_bits(cut[2], serve(target, rope, x, *table, **turn))
 
 
 def test_where_rows_are_cut():

@@ -71,14 +71,14 @@ class Index:
         misses: likewise.
         failed: the adapters that raised, with what.
         expressions: which nodes hold the same numbers; None where every node is taken for itself.
-        alike: what rules have found that an operation has in common with its like, where they ask again.
+        paired: what each rotation has in common with those that one call can make with it, as far as it was asked.
     """
 
     found: list[Found] = field(default_factory=list)
     misses: list[NearMiss] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)
     expressions: Expressions | None = None
-    alike: dict[Found, Any] = field(default_factory=dict)
+    paired: dict[Found, Any] = field(default_factory=dict)
 
     def of(self, *kinds: str) -> list[Found]:
         """Those of some kinds."""

@@ -7,7 +7,7 @@ import re
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from functools import cache
+from functools import lru_cache
 from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -49,7 +49,7 @@ def arguments(node: Node) -> dict[str, Any]:
     return {**defaults, **dict(zip(positional, node.args, strict=False)), **node.kwargs}
 
 
-@cache
+@lru_cache(maxsize=1024)
 def signature(target: Any) -> tuple[dict[str, Any], tuple[str, ...], tuple[str, ...]]:
     """An operator's defaults by name, and the names of its positional arguments and of all of them."""
     declared = target._schema.arguments
@@ -239,7 +239,7 @@ class Changes:
 
     Attributes:
         moved: which nodes have been replaced by which.
-        layouts: what calls gave: the layouts of their results, by operator, options and the layouts of their inputs.
+        layouts: those of the results of operators that gave lists of new tensors, by what :func:`_question` asks.
     """
 
     moved: dict[Node, Node] = field(default_factory=dict)
@@ -308,7 +308,7 @@ class Editor:
             return [_empty(self._mode, layout) for layout in known]
         with self._mode:
             results = target(*args, **kwargs)
-        if key is not None and isinstance(results, list):
+        if key is not None:
             self._changes.layouts[key] = [_layout(each) for each in results]
         return results
 
@@ -365,8 +365,14 @@ _FIXED = (int, float, str, torch.dtype, torch.device, type(None))
 
 
 def _question(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    """What the layouts of new tensors depend on; None where they are no new ones, or a size is symbolic."""
-    if not isinstance(target, OpOverload) or any(each.alias_info is not None for each in target._schema.returns):
+    """What the layouts of a list of new tensors depend on: the operator, its options and the layouts of its inputs.
+
+    None for another operator, where a size is symbolic, and for lists that hold more than plain values.
+    """
+    if not isinstance(target, OpOverload):
+        return None
+    returned = target._schema.returns
+    if len(returned) != 1 or str(returned[0].type) != "List[Tensor]" or returned[0].alias_info is not None:
         return None
     given: list[Any] = []
     for each in (*args, *kwargs, *kwargs.values()):

@@ -129,11 +129,11 @@ def _follows(found: Found, before: Found) -> bool:
 
 def _key(index: Index, found: Found) -> Any:
     """What rotations have in common that one call can make."""
-    if found not in index.alike:
+    if found not in index.paired:
         options = {name: given for name, given in found.options.items() if name not in _ONE_AT_A_TIME}
         table = tuple(index.held(found, name) for name in _TABLE)
-        index.alike[found] = table, _alike(found), str(sorted(options.items(), key=str))
-    return index.alike[found]
+        index.paired[found] = table, _alike(found), str(sorted(options.items(), key=str))
+    return index.paired[found]
 
 
 def _alike(found: Found) -> tuple[Any, ...]:

@@ -161,7 +161,7 @@ def _chunk(
     N_COLS: tl.constexpr, SOURCE: tl.constexpr, ROPE: tl.constexpr, ROUND_RESIDUAL: tl.constexpr,
     BLOCK_M: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """One chunk of rows as ``_source`` takes it, [BLOCK_M, CHUNK]: the sum of two, or the rotation."""
+    """One chunk of rows as ``_source`` takes it, [BLOCK_M, CHUNK]: as it is, summed with another, or rotated."""
     column = start + tl.arange(0, CHUNK)
     z = load_summed(
         x_ptr, residual_ptr, residual_out_ptr, x_row, residual_row, residual_out_row, column,

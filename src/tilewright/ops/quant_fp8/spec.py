@@ -165,7 +165,12 @@ def _rope_grid() -> list[QuantCase]:
              rope={"table": table, "interleaved": interleaved, "rotary_dim": 32, "rotary_offset": start})
         for table in ("half", "full")
         for interleaved in (False, True)
-        for start, n in ((0, 32), (0, 128), (6, 72), (96, 128))
+        for start, n in ((0, 32), (0, 128), (5, 72), (6, 72), (96, 128))
+    ]  # fmt: skip
+    cases += [
+        case(f"longest-{table}-pairs-{start}", (1, 2, 3), 512, format=QuantFormat(size), dtypes=every,
+             rope={"table": table, "interleaved": True, "rotary_dim": 320, "rotary_offset": start})
+        for table, start, size in (("half", 64, 128), ("half", 101, None), ("full", 90, 64), ("full", 0, None))
     ]  # fmt: skip
     cases += [case(f"hf-{table}", rope={"numerics": "hf", "table": table}, dtypes=every) for table in ("half", "full")]
     cases += [
