@@ -33,8 +33,8 @@ from tilewright.bench.providers import (
 )
 from tilewright.numerics import EQUAL_CODES, REFERENCE_ERRORS, compare_codes, disagreement
 from tilewright.ops.quant_fp8 import reference
-from tilewright.ops.quant_fp8.call import EMITS, Inputs, Options, describe
-from tilewright.ops.quant_fp8.cases import ADD, NORM, QUANT, ROPE, SILU
+from tilewright.ops.quant_fp8.call import EMITS, Options, describe
+from tilewright.ops.quant_fp8.cases import ADD, NORM, QUANT, ROPE, SILU, inputs_of
 from tilewright.ops.quant_fp8.format import QuantFormat, checked
 from tilewright.ops.rms_norm.call import Options as NormOptions
 
@@ -328,7 +328,7 @@ def slack(task: Task, truth: torch.Tensor) -> torch.Tensor:
         truth: what is quantised, in float64.
     """
     x, factor = task.args[0], task.args[-1]
-    inputs = _inputs(task)
+    inputs = inputs_of(task.function, task.args, task.kwargs)
     kwargs = {name: task.kwargs[name] for name in NormOptions._fields if name in task.kwargs}
     call = describe(inputs, Options(formats_of(task), _emits(task), NormOptions(**kwargs)), task.function)
     arithmetic = reference.source(call, inputs, rounded=False)[0]
@@ -453,14 +453,6 @@ def _source_in_double(task: Task) -> torch.Tensor:
     kept = {name: task.kwargs[name] for name in NormOptions._fields if name in task.kwargs}
     norm = replace(task, function="add_rms_norm" if summed else "rms_norm", kwargs=kept)
     return by_reference(rms_norm.in_double(norm))[0]
-
-
-def _inputs(task: Task) -> Inputs:
-    x, *rest = task.args
-    if task.function == ROPE:
-        return Inputs(x, cos=rest[0], sin=rest[1], scale=task.kwargs.get("scale"))
-    residual = rest.pop(0) if task.function == ADD else None
-    return Inputs(x, residual, rest[0] if rest else None, task.kwargs.get("scale"))
 
 
 def _emits(task: Task) -> bool:

@@ -94,7 +94,8 @@ def fuse(graph: Graph, rules: Sequence[Rule], policy: Policy, role: Role = "unkn
     names = {name for name, _ in before}
     after = tuple(Line(name, text, name in added or name not in names) for name, text in _lines(graph, texts))
     remaining = {line.name for line in after}
-    return GraphReport(role, tuple(decided), tuple(Line(*line, line[0] not in remaining) for line in before), after)
+    shown = tuple(Line(name, text, name not in remaining) for name, text in before)
+    return GraphReport(role, tuple(decided), shown, after)
 
 
 def _asked(

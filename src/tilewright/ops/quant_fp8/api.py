@@ -41,13 +41,11 @@ if TYPE_CHECKING:
 
     from tilewright.dispatch import Described
     from tilewright.ops.quant_fp8.format import QuantPolicy
+    from tilewright.ops.rms_norm.api import Cast, ResidualRounding
+    from tilewright.ops.rope.api import Layout, Numerics
 
 ScaleFormat = Literal["fp32", "ue8m0", "ue8m0_fp32", "ue8m0_packed"]
 ScaleLayout = Literal["row", "column", "tma_aligned"]
-Cast = Literal["before_weight", "after_weight"]
-ResidualRounding = Literal["rounded", "exact"]
-Layout = Literal["bshd", "sbhd", "bhsd", "thd"]
-Numerics = Literal["exact", "hf"]
 _NO_NORM = norm.Options()
 _NO_ROPE = rope.Options()
 _NO_TABLE = (None, None, None)

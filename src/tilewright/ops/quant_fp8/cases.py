@@ -18,7 +18,7 @@ from tilewright.ops.rope import call as rope
 from tilewright.ops.rope.reference import rotate
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
 QUANT, NORM, ADD, SILU, ROPE, DEQUANT = FUNCTIONS = (
     "quant_fp8",
@@ -157,7 +157,7 @@ class QuantCase:
             values, scales = arguments.args
             size = arguments.kwargs.get("group_size", 128)
             return (reference.dequantised(values, scales, size, arguments.kwargs["dtype"]),)
-        inputs = self._inputs(arguments)
+        inputs = inputs_of(self.function, *arguments)
         given = norm.Options(**dict(self.norm))
         options = Options((self.format, *self.also), self.emit, given, rope.Options(**self._rope))
         results = reference.quantised(describe(inputs, options, self.function), inputs)
@@ -177,14 +177,6 @@ class QuantCase:
     def _formats(self, device: torch.device) -> tuple[QuantFormat, ...]:
         return tuple(checked(f, device, self.function) for f in (self.format, *self.also))
 
-    def _inputs(self, arguments: Arguments) -> Inputs:
-        x, *rest = arguments.args
-        if self.function == ROPE:
-            cos, sin = rest
-            return Inputs(x, None, None, arguments.kwargs.get("scale"), cos, sin, arguments.kwargs.get("position_ids"))
-        residual = rest.pop(0) if self.function == ADD else None
-        return Inputs(x, residual, rest[0] if rest else None, arguments.kwargs.get("scale"))
-
     def _pair(self, results: Sequence[torch.Tensor], index: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Values and scales of a format in a public function's flat results."""
         at = 0 if index == 0 else 2 * index + self.emit + (self.function == ADD)
@@ -192,7 +184,7 @@ class QuantCase:
 
     def _source(self, arguments: Arguments, dtype: torch.dtype) -> torch.Tensor:
         """What is quantised, by the definition in the dtype of ``x``, or its truth in float64."""
-        inputs = self._inputs(arguments)
+        inputs = inputs_of(self.function, *arguments)
         if dtype == torch.float64:
             wide = [t.double() if t is not None and t.is_floating_point() else t for t in inputs]
             inputs = Inputs(*wide)  # type: ignore[arg-type]
@@ -307,6 +299,16 @@ class QuantCase:
         given = {} if self.format.group_size == _DEFAULT.group_size else {"group_size": self.format.group_size}
         strided = torch.empty_strided(scales.shape, scales.stride(), dtype=scales.dtype, device=device).copy_(scales)
         return Arguments((values.to(device), strided), kwargs | given)
+
+
+def inputs_of(function: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Inputs:
+    """The tensors of a call of a public function by name."""
+    x, *rest = args
+    if function == ROPE:
+        cos, sin = rest
+        return Inputs(x, None, None, kwargs.get("scale"), cos, sin, kwargs.get("position_ids"))
+    residual = rest.pop(0) if function == ADD else None
+    return Inputs(x, residual, rest[0] if rest else None, kwargs.get("scale"))
 
 
 def _changed(f: QuantFormat) -> dict[str, Any]:

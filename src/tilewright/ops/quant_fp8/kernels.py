@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from tilewright.dispatch.launch import BoundKernel, check_programs
+from tilewright.ops.quant_fp8.call import Inputs
 from tilewright.ops.quant_fp8.kernels_dequant import as_bytes
 from tilewright.ops.quant_fp8.kernels_format import (
     GROUP_SIZE,
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
 
     import torch
 
-    from tilewright.ops.quant_fp8.call import Inputs, QuantCall
+    from tilewright.ops.quant_fp8.call import QuantCall
     from tilewright.ops.quant_fp8.format import QuantFormat
     from tilewright.ops.rms_norm.call import Runner, Tensors
 
@@ -528,9 +529,10 @@ def _arranged(call: QuantCall, kernel: BoundKernel) -> Runner:
     bytewise = [f.scale_format in {"ue8m0", "ue8m0_packed"} for f in call.formats]
     has_sum = call.norm is not None and call.norm.residual_dtype is not None
     missing = (None, None) * (3 - n)
+    n_inputs = len(Inputs._fields)
 
     def run(tensors: Tensors) -> None:
-        results = tensors[7:]
+        results = tensors[n_inputs:]
         pairs: list[torch.Tensor | None] = []
         if call.static:
             pairs += [results[0], None]
@@ -542,7 +544,7 @@ def _arranged(call: QuantCall, kernel: BoundKernel) -> Runner:
             rest = results[2 * n :]
         stored = rest[0] if has_sum else None
         emitted = rest[-1] if call.emit else None
-        kernel((*tensors[:7], *pairs, *missing, stored, emitted))
+        kernel((*tensors[:n_inputs], *pairs, *missing, stored, emitted))
 
     return run
 
