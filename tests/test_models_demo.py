@@ -129,6 +129,21 @@ def test_compiled(result, capsys, tmp_path, monkeypatch):
         assert "in one kernel" in text
 
 
+def test_npu(result, capsys, tmp_path):
+    assert result.npu is None
+    page = tmp_path / "report.html"
+    again = demo.run(device="cpu", output=page, json_output=True, quiet=True, scale=TINY_SCALE, npu=True)
+    document = json.loads(capsys.readouterr().out)["npu"]
+    assert document == dataclasses.asdict(again.npu)
+    assert document["agrees"]
+    assert document["kernel_calls"] >= TINY_SCALE.sample_bytes
+    for text in (page.read_text(), shown(again)):
+        assert html.escape(again.npu_line) in text or again.npu_line in " ".join(text.split())
+    wrong = dataclasses.replace(again, npu=dataclasses.replace(again.npu, agrees=False))
+    assert not wrong.all_agree
+    assert "ANOTHER TEXT" in wrong.npu_line
+
+
 def shown(result):
     from rich.console import Console
 

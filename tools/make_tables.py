@@ -17,6 +17,10 @@ from typing import TYPE_CHECKING, Any, get_args
 import preset_table
 
 from tilewright.bench import fusion, records, report
+from tilewright.npu.kernels import OPERATORS
+from tilewright.npu.profiles import profile, profiles
+from tilewright.npu.rules import RULES
+from tilewright.npu.rules import rule as rule_of
 from tilewright.ops import families, operation
 from tilewright.ops.contract import Direction
 
@@ -30,6 +34,7 @@ PAGES = (
     "README.md",
     "benchmarks/results/README.md",
     "src/tilewright/fusion/README.md",
+    "src/tilewright/npu/README.md",
     *(f"src/tilewright/ops/{member.name}/README.md" for member in families()),
 )
 RESULTS = ROOT / "benchmarks" / "results"
@@ -279,6 +284,47 @@ def cpu_target(path: Path) -> str:
     return f"{head}.\n\n" + markdown(heads, rows)
 
 
+def npu_rules() -> str:
+    """Every rule of the checker for NPUs, by the default profile."""
+    chosen = profile()
+
+    def severity(code: str) -> str:
+        return chosen.severity(code) + ("*" if code in chosen.severities else "")
+
+    return markdown(
+        ("code", f"`{chosen.name}`", "rule", "why"),
+        ((f"`{rule.code}`", severity(rule.code), rule.summary, rule.why) for rule in RULES),
+    ) + "\n".join(
+        [
+            "",
+            *(
+                f"\\* `{code}`: otherwise {rule_of(code).severity}; {why}."
+                for code, (_, why) in chosen.severities.items()
+            ),
+            "",
+        ]
+    )
+
+
+def npu_profiles() -> str:
+    """What kernels for NPUs can be checked and compiled for."""
+    return markdown(
+        ("profile", "what it is", "back end", "arithmetic"),
+        ((f"`{each.name}`", each.summary, f"`{each.backend}`", each.compute_dtype) for each in profiles().values()),
+    )
+
+
+def npu_kernels() -> str:
+    """The attention kernels for NPUs, and their arguments."""
+    return markdown(
+        ("operator", "arguments"),
+        (
+            (f"`torch.ops.tilewright_npu.{name}`", names(f"`{each}`" for each in made.inputs))
+            for name, made in OPERATORS.items()
+        ),
+    )
+
+
 def tables() -> dict[str, Callable[[], str]]:
     """Every table by its name."""
     made: dict[str, Callable[[], str]] = {
@@ -286,6 +332,9 @@ def tables() -> dict[str, Callable[[], str]]:
         "cpu target": partial(cpu_target, CPU),
         "graph fusion on H200": partial(layers, FUSION),
         "presets of quant_fp8": preset_table.presets,
+        "npu rules": npu_rules,
+        "npu profiles": npu_profiles,
+        "npu kernels": npu_kernels,
     }
     made |= {f"{shown.family} on H200": partial(shares, shown) for shown in H200}
     made |= {f"{shown.family} on H200, everything": partial(everything, shown) for shown in H200}

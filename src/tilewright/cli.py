@@ -1,4 +1,4 @@
-"""The command line: ``tilewright list | explain | bench | fuse | demo | collect-env``.
+"""The command line: ``tilewright list | explain | bench | fuse | npu | demo | collect-env``.
 
 Nothing is imported before the command that needs it runs, so that ``collect-env`` works when torch or Triton does not.
 """
@@ -85,10 +85,13 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--seed", type=int, default=0)
     demo.add_argument("--output", default="report.html", help="the report to write")
     demo.add_argument("--compile", action="store_true", help="also compile, and show what graph fusion did")
+    demo.add_argument("--npu", action="store_true", help="also decode through kernels for NPUs, and compare the text")
 
-    from tilewright.fusion.command import add_parser
+    from tilewright.fusion.command import add_parser as add_fuse
+    from tilewright.npu.command import add_parser as add_npu
 
-    add_parser(commands)
+    add_fuse(commands)
+    add_npu(commands)
     command("collect-env", _collect_env, "print what a bug report needs to say about this machine")
     return parser
 
@@ -208,6 +211,7 @@ def _demo(arguments: argparse.Namespace) -> int:
         json_output=arguments.json,
         quiet=arguments.json,
         compile=arguments.compile,
+        npu=arguments.npu,
     )
     return 0 if result.all_agree else EXIT_DISAGREEMENT
 

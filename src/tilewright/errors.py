@@ -6,6 +6,8 @@ arguments are also ``ValueError`` or ``TypeError``, so that callers who know not
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class TilewrightError(Exception):
     """Base class of every error that tilewright raises on purpose."""
@@ -71,3 +73,56 @@ class KernelAssertionError(KernelError, AssertionError):
 
 class FusionError(TilewrightError, RuntimeError):
     """A fusion that was expected did not happen."""
+
+
+class NpuError(TilewrightError):
+    """Base class of what goes wrong in the NPU tool chain."""
+
+
+class NpuLanguageError(NpuError, RuntimeError):
+    """A function of the kernel language was called outside a kernel."""
+
+
+class NpuKernelError(NpuError, ValueError):
+    """A kernel breaks rules of its target; every one of them is in the message, with its line.
+
+    Attributes:
+        diagnostics: what was found, warnings included.
+    """
+
+    def __init__(self, message: str, diagnostics: tuple[Any, ...] = ()) -> None:
+        super().__init__(message)
+        self.diagnostics = diagnostics
+
+
+class NpuProgramError(NpuError, ValueError):
+    """The text of a program cannot be read, or the program is not well-formed."""
+
+
+class NpuRunError(NpuError, RuntimeError):
+    """A program did something while running that the device would not forgive: a block that is not there, a clipped
+    insert, an output that nobody wrote.
+
+    Attributes:
+        code: the diagnostic's code, such as ``"STRADDLE"``.
+    """
+
+    def __init__(self, message: str, code: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class NpuArtifactError(NpuError, ValueError):
+    """A bundle is damaged, incomplete or of a version that this library does not read."""
+
+
+class NpuHandoffError(NpuError, RuntimeError):
+    """The vendor's compiler failed, or its result is not the CPU's.
+
+    Attributes:
+        diagnostics: the compiler's messages as far as they are understood.
+    """
+
+    def __init__(self, message: str, diagnostics: tuple[Any, ...] = ()) -> None:
+        super().__init__(message)
+        self.diagnostics = diagnostics

@@ -10,7 +10,8 @@ the largest value, which is what one rounding may make. So is a reference of few
 nearer to the truth it may have been lucky, and says little about how near one comes. A result that sums ``reduced``
 rows may be off by ``sqrt(reduced)`` times as much, because its order of summation is its own. FP8 codes are compared as
 codes (:func:`compare_codes`). Two ways to compute one thing, neither of them the truth, may be :data:`ROUNDINGS_APART`
-(:func:`difference`).
+(:func:`difference`). An NPU, whose rounding is known by its dtype only, may be off by :data:`DEVICE_TOLERANCES`
+(:func:`device_difference`).
 No other tolerance exists in the project.
 """
 
@@ -203,6 +204,47 @@ def difference(result: torch.Tensor, other: torch.Tensor, *, differs: bool = Fal
     coarse = torch.finfo(torch.bfloat16).eps  # what a bfloat16 number, one rounding apart, makes of a scale
     far = off & ((a - b).abs() > coarse * b.abs())
     return f"{int(far.sum())} numbers by more than a rounding" if bool(far.any()) else ""
+
+
+DEVICE_TOLERANCES = {"float32": (1e-5, 1e-5), "dlfloat16": (2e-2, 2e-1), "bfloat16": (8e-2, 8e-1)}
+"""How far an NPU may be from the CPU's run in the same compute dtype: elementwise, and where matrices are multiplied.
+
+Those of dlfloat16 are what the public tutorials for RBLN allow its hardware; a fraction of bfloat16 has two bits less.
+"""
+
+
+def device_difference(result: torch.Tensor, expected: torch.Tensor, *, compute_dtype: str, products: bool) -> str:
+    """Why an NPU's result is not the CPU's; empty if it is.
+
+    No number may be off by more than the tolerance, taken of one and of the number. That alone would let zeros pass for
+    small numbers, so the root of the mean square may be off by the elementwise tolerance of itself at most. Infinities,
+    NaN and integers are equal.
+
+    Args:
+        result: what the NPU gave.
+        expected: what the CPU gave with every operation rounded to ``compute_dtype``.
+        compute_dtype: a name in :data:`DEVICE_TOLERANCES`.
+        products: whether the numbers come from products of matrices.
+    """
+    import torch
+
+    if result.shape != expected.shape or result.dtype != expected.dtype:
+        came = f"{tuple(result.shape)}, {result.dtype}"
+        return f"came {came}; expected {tuple(expected.shape)}, {expected.dtype}"
+    if not result.dtype.is_floating_point:
+        return "" if torch.equal(result, expected) else f"{int((result != expected).sum())} of {result.numel()} numbers"
+    rounding = torch.finfo(result.dtype).eps  # of the result itself, which may have fallen on the other side
+    elementwise, multiplied = (each + rounding for each in DEVICE_TOLERANCES[compute_dtype])
+    a, b = result.double(), expected.double()
+    size = b.abs().nan_to_num(nan=0.0, posinf=0.0)
+    error = (a - b).abs().nan_to_num(nan=math.inf, posinf=math.inf)  # an infinity, or NaN, on one side only
+    error = error.masked_fill((a == b) | (a.isnan() & b.isnan()), 0.0)
+    off = int((error > (multiplied if products else elementwise) * (1 + size)).sum())
+    if off:
+        return f"{off} of {result.numel()} numbers, by up to {float(error.max()):.3e}"
+    apart, mean = (float(each.square().mean().sqrt()) if each.numel() else 0.0 for each in (error, size))
+    within = elementwise * max(mean, elementwise)  # numbers below the tolerance of one count as zeros
+    return "" if apart <= within else f"the root mean square of the errors is {apart:.3e}; {within:.3e} is allowed"
 
 
 def compare_curves(

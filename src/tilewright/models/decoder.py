@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple, TypeAlias, cast
+from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeAlias, cast
 
 import torch
 import torch.nn.functional as F
@@ -61,6 +61,29 @@ class DecoderConfig:
             raise ArgumentError("DecoderConfig", "head_dim", message)
 
 
+class Cache(Protocol):
+    """What remembers the bytes read so far, and attends to them.
+
+    Attributes:
+        length: how many there are.
+    """
+
+    length: int
+
+    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """Causal attention of the next bytes, which are remembered.
+
+        Args:
+            layer: index of the layer.
+            q: queries, [batch, seq, heads, head_dim].
+            k: keys, [batch, seq, kv_heads, head_dim].
+            v: values, as ``k``.
+
+        Returns:
+            As ``q``.
+        """
+
+
 class KeyValueCache:
     """The keys and values of the bytes read so far, rotated already, for every layer."""
 
@@ -71,18 +94,31 @@ class KeyValueCache:
         self.keys = torch.empty(shape, device=model.device, dtype=dtype)
         self.values = torch.empty(shape, device=model.device, dtype=dtype)
 
-    def extend(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write the new rows of one layer behind the old ones and give all of them.
-
-        Args:
-            layer: index of the layer.
-            k: new keys, [batch, seq, kv_heads, head_dim].
-            v: new values, as ``k``.
-        """
+    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """See :meth:`Cache.attend`."""
         end = self.length + k.shape[1]
         self.keys[layer, :, self.length : end] = k
         self.values[layer, :, self.length : end] = v
-        return self.keys[layer, :, :end], self.values[layer, :, :end]
+        return attention(q, self.keys[layer, :, :end], self.values[layer, :, :end])
+
+
+def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Causal attention of the last rows of a sequence to all of it.
+
+    Args:
+        q: queries, [batch, seq, heads, head_dim].
+        k: keys of the sequence, [batch, rows, kv_heads, head_dim].
+        v: values, as ``k``.
+
+    Returns:
+        As ``q``.
+    """
+    seq, rows = q.shape[1], k.shape[1]
+    # Behind a filled cache the queries are the last rows of a square, of which is_causal would take the first.
+    mask = torch.ones(seq, rows, dtype=torch.bool, device=q.device).tril(rows - seq) if rows > seq else None
+    q, k, v = (each.transpose(1, 2) for each in (q, k, v))
+    y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=True)
+    return y.transpose(1, 2)
 
 
 class Streams(NamedTuple):
@@ -198,29 +234,19 @@ class Attention(nn.Module):
         self.qkv = _linear(config.width, sum(self.heads) * config.head_dim)
         self.out = _linear(config.heads * config.head_dim, config.width)
 
-    def forward(
-        self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, cache: KeyValueCache | None
-    ) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, cache: Cache | None) -> torch.Tensor:
         """[batch, seq, width] to the same."""
         out: torch.Tensor = self.out(self.attend(self.qkv(x), cos, sin, cache))
         return out
 
-    def attend(
-        self, qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, cache: KeyValueCache | None
-    ) -> torch.Tensor:
+    def attend(self, qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, cache: Cache | None) -> torch.Tensor:
         """What lies between the projections: [batch, seq, all heads * head_dim] to [batch, seq, heads * head_dim]."""
         batch, seq, _ = qkv.shape
         start = cache.length if cache else 0
         q, k, v = qkv.view(batch, seq, -1, self.config.head_dim).split(self.heads, dim=2)  # type: ignore[no-untyped-call]
         q, k = self.parts.rope.compute(q, k, cos, sin, start)  # [batch, seq, heads, head_dim]
-        if cache:
-            k, v = cache.extend(self.layer, k, v)
-        # Behind a filled cache the queries are the last rows of a square, of which is_causal would take the first.
-        mask = torch.ones(seq, start + seq, dtype=torch.bool, device=q.device).tril(start) if start else None
-        y = F.scaled_dot_product_attention(
-            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask, is_causal=mask is None, enable_gqa=True
-        )
-        return y.transpose(1, 2).reshape(batch, seq, -1)
+        y = cache.attend(self.layer, q, k, v) if cache else attention(q, k, v)
+        return y.reshape(batch, seq, -1)
 
 
 class FeedForward(nn.Module):
@@ -254,7 +280,7 @@ class Block(nn.Module):
         residual: Residual,
         cos: torch.Tensor,
         sin: torch.Tensor,
-        cache: KeyValueCache | None,
+        cache: Cache | None,
     ) -> tuple[torch.Tensor, Residual]:
         """What is to be added, [batch, seq, width], and the residual stream or streams, to the same."""
         x, residual = self.attention_norm(x, residual)
@@ -333,7 +359,7 @@ class Decoder(nn.Module):
         """How many weights the model has."""
         return sum(weight.numel() for weight in self.parameters())
 
-    def forward(self, tokens: torch.Tensor, cache: KeyValueCache | None = None) -> torch.Tensor:
+    def forward(self, tokens: torch.Tensor, cache: Cache | None = None) -> torch.Tensor:
         """Predict the byte behind each byte.
 
         Args:
@@ -366,7 +392,13 @@ class Decoder(nn.Module):
 
 @torch.no_grad()
 def generate(
-    model: Decoder, prompt: torch.Tensor, n_bytes: int, *, temperature: float = 0.7, seed: int = 0
+    model: Decoder,
+    prompt: torch.Tensor,
+    n_bytes: int,
+    *,
+    temperature: float = 0.7,
+    seed: int = 0,
+    cache: Cache | None = None,
 ) -> torch.Tensor:
     """Continue a text, byte by byte, with a cache of keys and values.
 
@@ -376,8 +408,9 @@ def generate(
         model: the decoder.
         prompt: the text to continue, [n] uint8, not empty.
         n_bytes: how many bytes to add.
-        temperature: divides the logits before a byte is drawn.
+        temperature: divides the logits before a byte is drawn; 0 takes the likeliest.
         seed: draws the bytes.
+        cache: what remembers the bytes and attends to them; by default plain PyTorch does.
 
     Returns:
         The prompt and what follows it, [n + n_bytes] uint8 on the CPU.
@@ -390,16 +423,19 @@ def generate(
         raise ArgumentError("generate", "prompt", message)
     generator = torch.Generator().manual_seed(seed)
     text = prompt.long().cpu()
-    cache = KeyValueCache(model, 1, _compute_dtype(model))
+    if cache is None:
+        cache = KeyValueCache(model, 1, _compute_dtype(model))
     unread = text
     for _ in range(n_bytes):
         if cache.length + len(unread) > model.config.context:
             cache.length = 0
             unread = text[-(model.config.context // 2 + 1) :]
         logits = model(unread[None].to(model.device), cache)[0, -1]
-        # Drawn in float64 on the CPU, so that the device does not change what a seed means.
-        chances = (logits.cpu().double() / temperature).softmax(0)
-        unread = torch.multinomial(chances, 1, generator=generator)
+        if temperature == 0:
+            unread = logits.argmax().cpu()[None]
+        else:  # drawn in float64 on the CPU, so that the device does not change what a seed means
+            chances = (logits.cpu().double() / temperature).softmax(0)
+            unread = torch.multinomial(chances, 1, generator=generator)
         text = torch.cat((text, unread))
     return text.to(torch.uint8)
 

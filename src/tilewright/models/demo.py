@@ -22,10 +22,10 @@ import torch
 
 from tilewright.errors import ArgumentError
 from tilewright.models import report
-from tilewright.models.decoder import DecoderConfig, generate
+from tilewright.models.decoder import Decoder, DecoderConfig, generate
 from tilewright.models.fp8 import SCALE_FORMATS, compiled_validation_loss, fp8_validation_loss
 from tilewright.models.parts import Parts
-from tilewright.models.result import Comparison, CompiledLoss, DemoResult, Fp8Loss, Measured
+from tilewright.models.result import Comparison, CompiledLoss, DemoResult, Fp8Loss, Measured, NpuText
 from tilewright.models.text import decode, encode, load_corpus
 from tilewright.models.training import Recipe, computing_in, train, validation_loss
 from tilewright.numerics import compare_curves, curve_budget
@@ -101,6 +101,7 @@ def run(
     quiet: bool = False,
     scale: Scale | None = None,
     compile: bool = False,
+    npu: bool = False,
 ) -> DemoResult:
     """Train three times, compare, do so again with hyper-connections, and report.
 
@@ -114,6 +115,7 @@ def run(
         quiet: show no progress and print no table. ``json_output`` still prints its document.
         compile: also evaluate a decoder whose FP8 blocks are written step by step, with ``tilewright.compile``, and
             report what it fused.
+        npu: also continue the prompt through kernels for NPUs, run on the CPU, and compare byte for byte.
         scale: how large the demo is; if None :data:`LARGE` on NVIDIA and AMD GPUs and :data:`SMALL` elsewhere.
 
     Returns:
@@ -138,6 +140,7 @@ def run(
             for scale_format in SCALE_FORMATS
         )
         compiled = _compiled(trained, trainings.corpus) if compile else None
+        npu_text = _through_npu_kernels(trained, scale) if npu else None
         streams = replace(scale.config, hc_mult=scale.hc_mult)
         hyper, _ = trainings.comparison(streams, min(steps, scale.hyper_steps), where, follow)
     result = DemoResult(
@@ -145,6 +148,7 @@ def run(
         hyper=hyper,
         fp8=fp8,
         compiled=compiled,
+        npu=npu_text,
         corpus=trainings.corpus.name,
         seed=seed,
         prompt=PROMPT.decode(),
@@ -167,6 +171,15 @@ def _compiled(trained: TrainingRun, corpus: Corpus) -> CompiledLoss:
     scale_format = SCALE_FORMATS[0]
     loss, fusion = compiled_validation_loss(trained, corpus, scale_format)
     return CompiledLoss(scale_format, loss, fusion.counts, str(fusion))
+
+
+def _through_npu_kernels(trained: TrainingRun, scale: Scale) -> NpuText:
+    from tilewright.models.npu import KERNELS, decode_through_kernels
+
+    model = Decoder(scale.config, Parts.plain())
+    model.load_state_dict(trained.model.state_dict())
+    decoded = decode_through_kernels(model, encode(PROMPT), scale.sample_bytes)
+    return NpuText(KERNELS[0], decoded.kernel_calls, decoded.agrees, decode(decoded.text[len(PROMPT) :]))
 
 
 class _Trainings:

@@ -21,7 +21,7 @@ from tilewright.models.training import validation_loss
 
 if TYPE_CHECKING:
     from tilewright.fusion import FusionReport
-    from tilewright.models.decoder import Block, Decoder, KeyValueCache, Norm, Residual, Streams
+    from tilewright.models.decoder import Block, Cache, Decoder, Norm, Residual, Streams
     from tilewright.models.text import Corpus
     from tilewright.models.training import TrainingRun
     from tilewright.ops.quant_fp8.api import ScaleFormat
@@ -106,7 +106,7 @@ class Fp8Block(nn.Module):
         residual: Residual,
         cos: torch.Tensor,
         sin: torch.Tensor,
-        cache: KeyValueCache | None,
+        cache: Cache | None,
     ) -> tuple[torch.Tensor, Residual]:
         """As the block it stands for."""
         normed, residual = self._norm(self.attention_norm, x, residual)

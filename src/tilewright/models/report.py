@@ -154,13 +154,19 @@ not trained for that.</p>
 <ul>
 {lines}
 </ul>
-{_compiled(result)}</section>"""
+{_compiled(result)}{_npu(result)}</section>"""
 
 
 def _compiled(result: DemoResult) -> str:
     if result.compiled is None:
         return ""
     return f"<p>{escape(result.compiled_line)}.</p>\n<pre>{escape(result.compiled.report)}</pre>\n"
+
+
+def _npu(result: DemoResult) -> str:
+    if result.npu is None:
+        return ""
+    return f"<p>{escape(result.npu_line)}.</p>\n<pre><b>{escape(result.prompt)}</b>{escape(result.npu.sample)}</pre>\n"
 
 
 def _samples(result: DemoResult) -> str:

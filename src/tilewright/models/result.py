@@ -83,6 +83,23 @@ class CompiledLoss:
 
 
 @dataclass(frozen=True)
+class NpuText:
+    """A text that the decoder continued through kernels for NPUs, run on a CPU.
+
+    Attributes:
+        kernels: which kernels attended.
+        kernel_calls: how often one was run.
+        agrees: whether the text is, byte for byte, what the decoder's own attention gives.
+        sample: what follows the prompt.
+    """
+
+    kernels: str
+    kernel_calls: int
+    agrees: bool
+    sample: str
+
+
+@dataclass(frozen=True)
 class Comparison:
     """The same decoder trained three times, and how far the curves agree.
 
@@ -147,6 +164,7 @@ class DemoResult(Comparison):
         hyper: the comparison of the same decoder with hyper-connections.
         fp8: what the decoder trained with tilewright's parts loses when it is evaluated from FP8.
         compiled: the same through the compiler; None if it was not asked for.
+        npu: what it continues the prompt with through kernels for NPUs; None if it was not asked for.
         corpus: the text's name.
         seed: drew weights, batches and samples.
         prompt: what the samples begin with.
@@ -158,6 +176,7 @@ class DemoResult(Comparison):
     hyper: Comparison
     fp8: tuple[Fp8Loss, ...]
     compiled: CompiledLoss | None
+    npu: NpuText | None
     corpus: str
     seed: int
     prompt: str
@@ -167,8 +186,8 @@ class DemoResult(Comparison):
 
     @property
     def all_agree(self) -> bool:
-        """Whether the curves of both comparisons agree."""
-        return self.agrees and self.hyper.agrees
+        """Whether the curves of both comparisons agree, and the text that NPU kernels gave."""
+        return self.agrees and self.hyper.agrees and (self.npu is None or self.npu.agrees)
 
     @property
     def fp8_lines(self) -> tuple[str, ...]:
@@ -189,6 +208,17 @@ class DemoResult(Comparison):
         return (
             f"The same written step by step and compiled, {self.compiled.scale_format} scales: "
             f"validation loss {self.compiled.validation_loss:.4f}; fused: {fused or 'nothing'}"
+        )
+
+    @property
+    def npu_line(self) -> str:
+        """How the text through NPU kernels compares, in a line; empty if it was not asked for."""
+        if self.npu is None:
+            return ""
+        same = "the same text as" if self.npu.agrees else "ANOTHER TEXT THAN"
+        return (
+            f"Decoded through {self.npu.kernels}, kernels for an NPU, on a CPU ({self.npu.kernel_calls} calls): "
+            f"{same} by the decoder's own attention"
         )
 
     def to_json(self) -> dict[str, Any]:

@@ -63,6 +63,9 @@ def show(result: DemoResult, console: Console) -> None:
         console.print(Text(f"Against the truth, the same training in float64: tilewright {curves.agreement}."))
     for line in result.fp8_lines:
         console.print(Text(line))
+    if result.npu is not None:
+        console.print(Text(result.npu_line))
+        console.print(Text(result.prompt + result.npu.sample), soft_wrap=True)
     if result.compiled is not None:
         console.print(Text(result.compiled_line))
         console.print(Text(result.compiled.report), soft_wrap=True)

@@ -1,0 +1,96 @@
+"""The text of a program: MLIR in its generic form, with the location of every operation.
+
+Any MLIR reads it that allows unregistered dialects; :func:`parse` reads it back, and printing that gives the same text.
+"""
+
+from __future__ import annotations
+
+from io import StringIO
+
+from xdsl.context import Context
+from xdsl.dialects.arith import Arith
+from xdsl.dialects.builtin import Builtin, FileLineColLoc, IntAttr, LocationAttr, ModuleOp, StringAttr, UnknownLoc
+from xdsl.dialects.func import Func, FuncOp
+from xdsl.dialects.scf import Scf
+from xdsl.parser import Parser
+from xdsl.printer import Printer
+from xdsl.utils.exceptions import DiagnosticException, ParseError, VerifyException
+
+from tilewright.errors import NpuProgramError
+from tilewright.npu.ir.dialect import Npu
+from tilewright.npu.source import Span
+
+
+def context() -> Context:
+    """The dialects that a program may have."""
+    made = Context()
+    for dialect in (Builtin, Func, Scf, Arith, Npu):
+        made.load_dialect(dialect)
+    return made
+
+
+def print_program(module: ModuleOp, *, locations: bool = True, readable: bool = False) -> str:
+    """The text of a program.
+
+    Args:
+        module: the program.
+        locations: with the place in the source of every operation.
+        readable: in the short form of its operations, which only this library reads.
+    """
+    stream = StringIO()
+    Printer(stream, print_debuginfo=locations, print_generic_format=not readable).print_op(module)
+    return stream.getvalue() + "\n"
+
+
+def parse_program(text: str, name: str = "<program>") -> ModuleOp:
+    """Read a program, and verify it.
+
+    Raises:
+        NpuProgramError: it is not MLIR, has operations that no program has, or their operands do not fit.
+    """
+    try:
+        module = Parser(context(), text, name).parse_module()
+    except (ParseError, DiagnosticException, VerifyException) as error:
+        raise NpuProgramError(f"{name}: {error}") from error
+    verify_program(module, name)
+    return module
+
+
+def verify_program(module: ModuleOp, name: str = "<program>") -> None:
+    """Make sure that a program is well-formed.
+
+    Raises:
+        NpuProgramError: it is not.
+    """
+    try:
+        module.verify()
+    except (VerifyException, DiagnosticException) as error:
+        raise NpuProgramError(f"{name}: {error}") from error
+    kernel_of(module)
+
+
+def kernel_of(module: ModuleOp) -> FuncOp:
+    """The function of a program: there is one.
+
+    Raises:
+        NpuProgramError: there is none, or there are several.
+    """
+    functions = [op for op in module.ops if isinstance(op, FuncOp)]
+    if len(functions) != 1 or not functions[0].body.blocks:
+        raise NpuProgramError(f"a program has one function with a body; this one has {len(functions)} functions")
+    return functions[0]
+
+
+def location_of(span: Span) -> LocationAttr:
+    """A place in the source as MLIR has it. The end of the place is lost."""
+    if not span.line:
+        return UnknownLoc()
+    return FileLineColLoc(StringAttr(span.file), IntAttr(span.line), IntAttr(span.column))
+
+
+def span_of(location: LocationAttr) -> Span:
+    """The place in the source that a location names; an unknown one if it names none."""
+    if isinstance(location, FileLineColLoc):
+        line, column = location.line.data, location.column.data
+        return Span(location.filename.data, line, column, line, column + 1)
+    return Span()
