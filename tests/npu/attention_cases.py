@@ -148,6 +148,7 @@ def sizes(given: dict[str, torch.Tensor]) -> dict[str, int]:
         "WINDOW_SIZE": partition,
         "NUM_PARTITION": given["block_table"].shape[-1],
         "DIM_BLOCK_TABLE": given["block_table"].dim(),
+        "BLOCKS_FIRST": 0,
     }
 
 

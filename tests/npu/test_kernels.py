@@ -27,6 +27,7 @@ from tilewright.npu.diagnostics import Diagnostics
 from tilewright.npu.front import check_kernels, interface
 from tilewright.npu.ir.text import parse_program
 from tilewright.npu.kernel import JitFunction
+from tilewright.npu.kernels import BLOCKS_FIRST_OPERATORS, OPERATORS
 from tilewright.npu.kernels.attention import attention
 from tilewright.npu.kernels.causal_attention import causal_attention
 from tilewright.npu.kernels.flash_attention import flash_attention
@@ -434,3 +435,17 @@ def test_the_cases_hold_what_they_say() -> None:
     block = given["kv_cache"][:, given["block_table"][0, 1]]
     assert bool(block[..., 6:, :].isnan().all())
     assert not bool(block[..., :6, :].isnan().any())
+
+
+def test_a_cache_with_its_blocks_first() -> None:
+    for name, operator in OPERATORS.items():
+        kernel = operator.kernel
+        assert isinstance(kernel, JitFunction)
+        prefill = name.endswith("prefill")
+        given = arguments(kernel, positions=(37,) if prefill else (37, 5), prefill=prefill)
+        swapped = {key: each.clone() for key, each in given.items()}
+        swapped["kv_cache"] = swapped["kv_cache"].transpose(0, 1).contiguous()
+        result = operator(*(given[each] for each in operator.inputs))
+        other = BLOCKS_FIRST_OPERATORS[name]
+        assert_same(other(*(swapped[each] for each in other.inputs)), result)
+        assert_same(swapped["kv_cache"].transpose(0, 1), given["kv_cache"])

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from tilewright.npu import language, triton
     from tilewright.npu.artifact import load, save
     from tilewright.npu.check import check_file, check_files
-    from tilewright.npu.handoff import hand_off
+    from tilewright.npu.handoff import HandOffOptions, HandOffResult, hand_off
     from tilewright.npu.kernel import JitFunction, jit
     from tilewright.npu.language import rblib
     from tilewright.npu.operator import Operator
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from tilewright.npu.shim import install_shim, uninstall_shim
 
 _HOME = {
+    "HandOffOptions": "handoff",
+    "HandOffResult": "handoff",
     "JitFunction": "kernel",
     "Operator": "operator",
     "Program": "program",
@@ -47,6 +49,8 @@ _WITHOUT_XDSL = {"kernel", "shim"}
 _MODULES = {"language": "language", "rblib": "language.rblib", "triton": "triton"}
 
 __all__ = [
+    "HandOffOptions",
+    "HandOffResult",
     "JitFunction",
     "Operator",
     "Program",

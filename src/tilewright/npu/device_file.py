@@ -25,7 +25,7 @@ import torch
 from tilewright.errors import ArgumentError
 from tilewright.npu import language, triton
 from tilewright.npu.check.host import NAMESPACE
-from tilewright.npu.front.values import Foreign, Function
+from tilewright.npu.front.values import UNKNOWN, Foreign, Function
 from tilewright.npu.kernel import Kernel
 from tilewright.npu.language import rblib
 from tilewright.npu.language.core import Builtin, constexpr
@@ -169,6 +169,7 @@ class _Module:
 
     def _unknown(self, name: str, value: Any, function: Jitted) -> NoReturn:
         what = value.dotted if isinstance(value, Foreign) else f"of type {type(value).__name__}"
+        what = "nothing that its file alone tells" if value is UNKNOWN else what
         message = f"'{function.node.name}' uses it, and it is {what}; a kernel uses numbers, strings, tuples of them"
         self._refuse(name, f"{message}, functions under @jit, and the language")
 
@@ -305,7 +306,7 @@ def _home(value: Any) -> tuple[str, str] | None:
 def _definition(function: Jitted, name: str) -> str:
     """A function as it stands in its file, without decorators, under a name."""
     node = function.node
-    lines = re.split(r"\r\n|\r|\n", function.module.source.text)[node.lineno - 1 : node.end_lineno]
+    lines = function.module.source.lines[node.lineno - 1 : node.end_lineno]
     text = textwrap.dedent("\n".join(lines)) if node.col_offset else "\n".join(lines)
     return re.sub(rf"\bdef(\s+){re.escape(node.name)}\b", rf"def\g<1>{name}", text, count=1)
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 Severity: TypeAlias = Literal["error", "warning", "off"]
 
 PREFIX = "NPU-"
-_IGNORE = re.compile(r"#.*?\bnpu:\s*ignore(?:\[(?P<codes>[^\]]*)\])?")
+_IGNORE = re.compile(r"#.*?\bnpu:\s*ignore\b(?!-)\s*(?:\[(?P<codes>[^\]]*)\])?")
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,8 @@ class Diagnostic:
 class Diagnostics:
     """Collects what is found in files, each finding once, and drops what a line's comment ignores.
 
-    A finding is ignored where a line of it has the comment ``# npu: ignore[CODE, CODE]``, or ``# npu: ignore`` for
-    all codes.
+    A finding is ignored where a line of it has the comment ``# npu: ignore[CODE, CODE]``, or its first or last line
+    ``# npu: ignore`` for all codes.
     """
 
     def __init__(self, profile: Profile) -> None:
@@ -104,11 +104,14 @@ def failure(what: str, found: Iterable[Diagnostic], sources: dict[str, SourceFil
 
 
 def _ignores(source: SourceFile, span: Span, code: str) -> bool:
-    for number in {span.line, span.end_line}:
+    for number in range(span.line, span.end_line + 1):
         match = _IGNORE.search(source.line(number))
         if match is None:
             continue
         codes = match.group("codes")
-        if codes is None or code in {each.strip().removeprefix(PREFIX) for each in codes.split(",")}:
+        if codes is None:
+            if number in {span.line, span.end_line}:
+                return True
+        elif code in {each.strip().removeprefix(PREFIX) for each in codes.split(",")}:
             return True
     return False

@@ -58,7 +58,8 @@ class HandOffOptions:
         target_soc: the device to compile for, such as ``"RBLN-CA25"``; "" for the one that is there.
         compile_only: compile, and run nothing: that needs no NPU.
         timeout: seconds after which the compiler is stopped.
-        keep: a folder, empty or new, for all files of the run, the compiler's own included; None keeps nothing.
+        keep: a folder, empty or new, for all files of the run, the compiler's own included, after a failure as well;
+            None keeps nothing.
         environment: more variables for the compiler's process, such as ``{"RBLN_DEVICES": "0"}``.
         compare_mutated: whether tensors that are changed in place are compared. A release that keeps them on the
             device, and copies nothing back, needs False.
@@ -72,7 +73,7 @@ class HandOffOptions:
     compare_mutated: bool = True
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class HandOffResult:
     """What the vendor's compiler and its device made of an operator.
 

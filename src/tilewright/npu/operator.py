@@ -295,7 +295,12 @@ def _output_shapes(
 
 def _expression(size: Size, constexprs: Mapping[str, str]) -> str:
     """A size as Python over the operator's tensors."""
-    return re.sub(r"[A-Za-z_]\w*", lambda found: constexprs.get(found.group(), found.group()), str(size))
+
+    def computed(found: re.Match[str]) -> str:
+        text = constexprs.get(found.group(), found.group())
+        return text if re.fullmatch(r"[\w.\[\]]+", text) else f"({text})"
+
+    return re.sub(r"[A-Za-z_]\w*", computed, str(size))
 
 
 def _read_off(tensors: Sequence[Parameter]) -> dict[str, str]:

@@ -21,6 +21,11 @@ def text(shape: Sequence[Size]) -> str:
     return f"({', '.join(str(size) for size in shape)}{',' * (len(shape) == 1)})"
 
 
+def differ(a: Shape, b: Shape) -> bool:
+    """Whether two shapes cannot be the same, whatever their sizes are."""
+    return len(a) != len(b) or any(equal(x, y) is False for x, y in zip(a, b, strict=True))
+
+
 def broadcast(a: Shape, b: Shape) -> Shape:
     """The shape of an elementwise operation: dimensions of size 1, and missing ones in front, stretch."""
     rank = max(len(a), len(b))
@@ -48,6 +53,8 @@ def broadcast_to(a: Shape, shape: Shape) -> Shape:
 
 def reshape(a: Shape, shape: Shape) -> Shape:
     """The shape asked for, if it has as many elements; one ``-1`` in it is what is left."""
+    if shape.count(-1) > 1 or any(isinstance(size, int) and size < 1 and size != -1 for size in shape):
+        raise ShapeError(f"{text(a)} cannot be reshaped to {text(shape)}: one size can be -1, the others are 1 or more")
     if shape.count(-1) == 1:
         at = shape.index(-1)
         rest = product(shape[:at] + shape[at + 1 :])

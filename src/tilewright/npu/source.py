@@ -74,13 +74,18 @@ class SourceFile:
         return ast.parse(self.text, self.path)
 
     def span(self, node: ast.AST) -> Span:
-        """Where a node of its tree stands. Python counts columns in bytes, people in characters."""
+        """Where a node of its tree stands, without the body of a loop or an ``if``.
+
+        Python counts columns in bytes, people in characters.
+        """
         line, end_line = getattr(node, "lineno", 0), getattr(node, "end_lineno", None)
         if not line:
             return Span(self.path)
-        end_line = end_line or line
+        end_line, end_offset = end_line or line, getattr(node, "end_col_offset", None) or 0
+        if (last := _header(node)) is not None:
+            end_line, end_offset = last.end_lineno or line, last.end_col_offset or 0
         column = self._characters(line, node.col_offset)  # type: ignore[attr-defined]
-        end_column = self._characters(end_line, getattr(node, "end_col_offset", None) or 0)
+        end_column = self._characters(end_line, end_offset)
         return Span(self.path, line, column, end_line, end_column)
 
     def _characters(self, line: int, offset: int) -> int:
@@ -91,3 +96,11 @@ class SourceFile:
         if span.end_line <= span.line:
             return span
         return replace(span, end_line=span.line, end_column=len(self.line(span.line).rstrip()) + 1)
+
+
+def _header(node: ast.AST) -> ast.expr | None:
+    """The last expression of what a statement with a body begins with."""
+    match node:
+        case ast.If(test=last) | ast.While(test=last) | ast.For(iter=last):
+            return last
+    return None

@@ -8,13 +8,16 @@ from typing import TYPE_CHECKING, Any
 
 from xdsl.dialects.builtin import IntegerAttr, StringAttr
 
-from tilewright.errors import NpuKernelError
+from tilewright.errors import ArgumentError, NpuKernelError
 from tilewright.npu.front.builder import Builder
-from tilewright.npu.front.interpreter import Interpreter
+from tilewright.npu.front.calls import defaults
+from tilewright.npu.front.interpreter import Interpreter, constant
+from tilewright.npu.front.paths import Choices, NoSuchWay, ways
 from tilewright.npu.front.scope import FileScope, LiveScope, Scope
 from tilewright.npu.front.special import FLASH_HINT
-from tilewright.npu.front.values import Argument, TensorSpec
+from tilewright.npu.front.values import UNKNOWN, Argument, TensorSpec
 from tilewright.npu.ir.dialect import integers
+from tilewright.npu.module import constexpr_names, parameters
 from tilewright.npu.symbols import Symbolic
 
 if TYPE_CHECKING:
@@ -40,21 +43,34 @@ __all__ = [
 ]
 
 
-def parameters(function: ast.FunctionDef) -> list[ast.arg]:
-    """A kernel's parameters in their order."""
-    return [*function.args.posonlyargs, *function.args.args, *function.args.kwonlyargs]
-
-
-def constexpr_names(function: ast.FunctionDef) -> set[str]:
-    """Which of a kernel's parameters are constexprs, by their annotations."""
-    return {each.arg for each in parameters(function) if _is_constexpr(each.annotation)}
-
-
 def check_kernels(module: KernelModule, diagnostics: Diagnostics) -> None:
-    """Interpret every kernel of a module with symbols for its sizes, and report which rules it breaks."""
+    """Interpret every kernel of a module with symbols for its sizes, and report which rules it breaks.
+
+    A function that kernels of the module call is interpreted where they call it.
+    """
     top = {id(node) for node in module.tree.body}
-    for function in module.kernels.values():
-        interface(function, FileScope(module, nested=id(function) not in top), diagnostics)
+    called = _called(module)
+    done: set[int] = set()
+    for function in sorted(module.functions, key=lambda each: (each.name in called, each.lineno)):
+        if id(function) not in done:
+            helper = function.name in called or _gives_a_value(function)
+            scope = FileScope(module, nested=id(function) not in top)
+            done |= _interpret(function, scope, diagnostics, {}, helper=helper)[1]
+
+
+def _called(module: KernelModule) -> set[str]:
+    """The names of kernels that other kernels of the module call."""
+    return {
+        node.func.id
+        for function in module.functions
+        for node in ast.walk(function)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id != function.name
+    } & module.kernels.keys()
+
+
+def _gives_a_value(function: ast.FunctionDef) -> bool:
+    """Whether a function returns something, as kernels never do."""
+    return any(isinstance(node, ast.Return) and node.value is not None for node in ast.walk(function))
 
 
 @dataclass(frozen=True)
@@ -86,14 +102,43 @@ def interface(
     Returns:
         Its tensors in their order.
     """
+    arguments, _ = _interpret(function, scope, diagnostics, known or {})
+    return [Parameter(name, role(argument.uses), argument.seen_shape) for name, argument in arguments.items()]
+
+
+def _interpret(
+    function: ast.FunctionDef, scope: Scope, diagnostics: Diagnostics, known: Mapping[str, Any], helper: bool = False
+) -> tuple[dict[str, Argument], set[int]]:
+    """Interpret a function with symbols. What a helper is given besides constexprs may be anything.
+
+    Returns:
+        Its tensors by name, and the functions that it calls.
+    """
     constexprs = constexpr_names(function)
-    k = Interpreter(scope, diagnostics)
+    given: dict[str, Any] = {}
     for each in parameters(function):
-        k.names[each.arg] = Symbolic.atom(each.arg) if each.arg in constexprs else Argument(each.arg, None, each)
-    k.names.update(known or {})
-    known = _arguments(k, function)
-    k.call_body(function)
-    return [Parameter(name, role(argument.uses), argument.seen_shape) for name, argument in known.items()]
+        given[each.arg] = UNKNOWN if helper else Argument(each.arg, None, each)
+        if each.arg in constexprs:
+            given[each.arg] = Symbolic.atom(each.arg)
+    given.update(known)
+    inlined: set[int] = set()
+
+    def interpret(choices: Choices) -> bool:
+        """Interpret it on one way; whether there is one."""
+        k = Interpreter(scope, diagnostics, choices=choices)
+        k.names, k.sizes = dict(given), set(constexprs)
+        try:
+            k.call_body(function)
+        except NoSuchWay:
+            return False
+        finally:
+            inlined.update(k.inlined)
+        return True
+
+    gone = [interpret(choices) for choices in ways()]  # all of them
+    if not any(gone):
+        interpret(Choices(open=False))
+    return {name: value for name, value in given.items() if isinstance(value, Argument)}, inlined
 
 
 def build(
@@ -122,9 +167,11 @@ def build(
         NpuKernelError: there is none, and still something is not known: a name that only running the module would
             tell, or what breaks a rule that a comment ignores.
     """
+    constexprs = _with_defaults(function, scope, tensors, constexprs)
     names = [each.arg for each in parameters(function) if each.arg in tensors]
     builder = Builder([(each, tensors[each].shape, tensors[each].dtype) for each in names])
     k = Interpreter(scope, diagnostics, builder)
+    k.sizes = constexpr_names(function)
     for each in parameters(function):
         k.names[each.arg] = constexprs.get(each.arg)
         if each.arg in tensors:
@@ -144,13 +191,29 @@ def build(
     _tell_partitions(k)
     if diagnostics.errors:
         return None
-    source = scope.module.source
     if k.incomplete:
         message = f"'{function.name}' cannot be compiled: something in this is not known, or an ignored error"
-        where = source.span(k.incomplete[0])
-        raise NpuKernelError(f"{where}: {message}\n    {source.line(where.line).strip()}", diagnostics.all)
+        first = k.incomplete[0]
+        raise NpuKernelError(f"{k.span(first)}: {message}\n    {k.line(first).strip()}", diagnostics.all)
     attributes = [_argument_attributes(known[each], tensors[each]) for each in names]
-    return builder.finish(name or function.name, source.span(function), {}, attributes)
+    return builder.finish(name or function.name, k.span(function), {}, attributes)
+
+
+def _with_defaults(
+    function: ast.FunctionDef, scope: Scope, tensors: Mapping[str, TensorSpec], constexprs: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The constexprs with the defaults of those that are not given.
+
+    Raises:
+        ArgumentError: an argument is missing.
+    """
+    found = dict(constexprs)
+    for name, default in defaults(function.args):
+        if name not in found and name not in tensors:
+            found[name] = constant(default, scope)
+    if missing := [each.arg for each in parameters(function) if each.arg not in found and each.arg not in tensors]:
+        raise ArgumentError(function.name, missing[0], "is missing")
+    return found
 
 
 def _arguments(k: Interpreter, function: ast.FunctionDef) -> dict[str, Argument]:
@@ -184,10 +247,3 @@ def _tell_partitions(k: Interpreter) -> None:
         else:
             message = "how many rows the partition has is not known"
             k.report("DYN_USE", node, message, "rblib.to_dynamic_index(block_pointer, PARTITION_SIZE)")
-
-
-def _is_constexpr(annotation: ast.expr | None) -> bool:
-    if isinstance(annotation, ast.Constant) and isinstance(annotation.value, str):
-        return annotation.value.rpartition(".")[2] == "constexpr"
-    name = annotation.attr if isinstance(annotation, ast.Attribute) else getattr(annotation, "id", "")
-    return name == "constexpr"

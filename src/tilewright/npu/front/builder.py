@@ -52,7 +52,7 @@ class Builder:
         self._body = self._block = Block(arg_types=types)
         self._types = types
         for argument, (name, _, _) in zip(self._body.args, tensors, strict=True):
-            argument.name_hint = name
+            self.name(argument, name)
         self.arguments: list[SSAValue] = list(self._body.args)
 
     def add(self, operation: Operation, span: Span) -> Operation:
@@ -63,6 +63,12 @@ class Builder:
         operation.location = location_of(replace(span, file=Path(span.file).name))
         self._block.add_op(operation)
         return operation
+
+    @staticmethod
+    def name(value: SSAValue, name: str) -> None:
+        """Name a value in the program's text as the source does. MLIR has names of ASCII only."""
+        if value.name_hint is None and name.isascii():
+            value.name_hint = name
 
     @contextmanager
     def region(self) -> Iterator[Region]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import math
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -11,9 +13,10 @@ from xdsl.dialects.builtin import IntegerAttr, MemRefType, StringAttr
 from tilewright.npu import shapes
 from tilewright.npu.front import arithmetic
 from tilewright.npu.front.builder import element_type
-from tilewright.npu.front.values import UNDECIDED, UNKNOWN, Argument, Block, Index, Memory, Tensor
+from tilewright.npu.front.values import FLOAT, UNDECIDED, UNKNOWN, Argument, Block, Index, Memory, Origin, Tensor
 from tilewright.npu.ir import dialect
-from tilewright.npu.language.core import dtype
+from tilewright.npu.language import float32
+from tilewright.npu.language.core import dtype, pointer_type
 from tilewright.npu.shapes import ShapeError
 from tilewright.npu.symbols import Symbolic, equal, less
 
@@ -68,35 +71,41 @@ def _instead(name: str, node: ast.AST) -> str:
 # What arguments may be
 
 
-def sizes(k: Interpreter, node: ast.AST, value: Any, what: str) -> Shape | None:
+def sizes(k: Interpreter, node: ast.AST, value: Any, what: str, least: float = 1) -> Shape | None:
     """A tuple of sizes; None, and a report where there is something to report, if it is none."""
-    if isinstance(value, int | Symbolic):
+    if isinstance(value, Symbolic):  # a constexpr may be a tuple
+        return None
+    if isinstance(value, int):
         value = (value,)
     if not isinstance(value, tuple):
-        if value is not UNKNOWN:
+        if value not in (UNKNOWN, UNDECIDED):
             k.report("DYN_SHAPE", node, f"{what} is no tuple of constexprs")
         return None
+    known = True
     for each in value:
         if isinstance(each, Index | Argument | Tensor | Block):
             name = f"'{each.name}'" if isinstance(each, Argument) else "a value of the device"
             message = f"{what} depends on {name}; shapes are static"
             k.report("DYN_SHAPE", node, message, f"{getattr(each, 'name', 'SIZE')}: tl.constexpr")
             return None
-        if each is UNKNOWN:
+        if each in (UNKNOWN, UNDECIDED):
+            known = False
+        elif not isinstance(each, int | Symbolic) or isinstance(each, bool):
+            shown = "a fraction" if each is FLOAT else repr(each)
+            k.report("DYN_SHAPE", node, f"{what} has {shown} in it, which is no size", "// instead of /")
             return None
-        if not isinstance(each, int | Symbolic) or isinstance(each, bool):
-            k.report("DYN_SHAPE", node, f"{what} has {each!r} in it, which is no size")
+        elif isinstance(each, int) and each < least:
+            k.report("SHAPE", node, f"{what} has {each} in it, and sizes are {least} or more")
             return None
-    return value
+    return value if known else None
 
 
 def integer(k: Interpreter, node: ast.AST, value: Any, what: str) -> int | None:
     """A number that is known."""
     if isinstance(value, int) and not isinstance(value, bool):
         return value
-    if isinstance(value, Symbolic) or value is UNKNOWN:
-        return None
-    k.report("DYN_SHAPE", node, f"{what} is no constexpr integer")
+    if not isinstance(value, Symbolic) and value not in (UNKNOWN, UNDECIDED):
+        k.report("DYN_SHAPE", node, f"{what} is no constexpr integer")
     return None
 
 
@@ -105,15 +114,28 @@ def tensor(k: Interpreter, node: ast.AST, value: Any, what: str = "an operand") 
     if isinstance(value, Tensor):
         return value
     if isinstance(value, int | float):
-        return arithmetic.number(k, node, value)
+        made = arithmetic.number(k, node, value)
+        return made if isinstance(made, Tensor) else None
+    if value is FLOAT or isinstance(value, Symbolic):
+        return Tensor((), float32, Origin("number", node))
     if isinstance(value, Argument | Block):
         kind = "a block pointer" if isinstance(value, Block) else "a tensor in memory"
         k.report("RAWPTR", node, f"{what} is {kind}, which has to be loaded", "tl.load(tl.make_block_ptr(...))")
     elif isinstance(value, Index):
         k.report("DYN_USE", node, f"{what} is an index that was read from memory")
-    elif value not in (UNKNOWN, UNDECIDED) and not isinstance(value, Symbolic):
+    elif value not in (UNKNOWN, UNDECIDED):
         k.report("SHAPE", node, f"{what} is no tensor")
     return None
+
+
+def numbers(k: Interpreter, node: ast.AST, value: Any, what: str = "an operand") -> Tensor | None:
+    """A tensor that holds numbers, and no conditions."""
+    return arithmetic.numbers(k, node, tensor(k, node, value, what))
+
+
+def assumed(value: Tensor) -> Tensor:
+    """What a result looks like that is not built, for the rules that what follows may break."""
+    return Tensor(value.shape, value.dtype, value.origin)
 
 
 def block(k: Interpreter, node: ast.AST, value: Any, what: str) -> Block | None:
@@ -157,7 +179,7 @@ def make_block_ptr(
             k.report("RAWPTR", node, "the base of a block pointer is a parameter of the kernel, not an address")
         return UNKNOWN
     given_shape = sizes(k, node, shape, "the shape")
-    given_strides = sizes(k, node, strides, "the strides")
+    given_strides = sizes(k, node, strides, "the strides", -math.inf)
     given_sizes = sizes(k, node, block_shape, "block_shape")
     if given_shape is None or given_strides is None or given_sizes is None or offsets is UNKNOWN:
         return UNKNOWN
@@ -171,9 +193,10 @@ def make_block_ptr(
         if UNKNOWN not in places:
             k.report("DYN_USE", node, "an offset is a constexpr, or an index that rblib.to_dynamic_index gives")
         return UNKNOWN
-    if UNKNOWN not in order and sorted(order) != list(range(rank)):
+    known = all(isinstance(each, int) for each in order)
+    if (known and sorted(order) != list(range(rank))) or any(isinstance(each, float | str) for each in order):
         k.report("SHAPE", node, f"order {order} is no permutation of the {rank} dimensions")
-    made = Block(base, given_shape, given_strides, places, given_sizes, order, node)
+    made = Block(base, given_shape, given_strides, places, given_sizes, order, node, node)
     _judge_layout(k, node, made)
     _judge_bounds(k, node, made)
     return made
@@ -219,7 +242,7 @@ def _judge_bounds(k: Interpreter, node: ast.AST, made: Block) -> None:
 def advance(k: Interpreter, node: ast.AST, base: Any, offsets: Any) -> Any:
     """``tl.advance``: a loop's last one may lead behind the tensor, so only what is loaded is judged."""
     pointer = block(k, node, base, "tl.advance")
-    steps = sizes(k, node, offsets, "the offsets")
+    steps = sizes(k, node, offsets, "the offsets", -math.inf)
     if pointer is None or steps is None:
         return UNKNOWN
     if len(steps) != len(pointer.offsets):
@@ -234,7 +257,7 @@ def advance(k: Interpreter, node: ast.AST, base: Any, offsets: Any) -> Any:
         offset if isinstance(offset, Index) else offset + step
         for offset, step in zip(pointer.offsets, steps, strict=True)
     )
-    return Block(pointer.base, pointer.shape, pointer.strides, moved, pointer.sizes, pointer.order, node)
+    return replace(pointer, offsets=moved, node=node)
 
 
 @handler
@@ -260,13 +283,14 @@ def load(
     judge_data(k, node, source)
     source.base.uses.add("load")
     memory = address(k, node, source)
-    return k.tensor(
+    loaded = k.tensor(
         node,
         "load",
         source.sizes,
         (memory,),
         lambda: dialect.LoadOp.build(operands=[memory.value], result_types=[dialect.tensor(static(source.sizes))]),
     )
+    return loaded if mask is None and other is None else assumed(loaded)
 
 
 @handler
@@ -288,41 +312,41 @@ def store(
     target.base.uses.add("store")
     judge_data(k, node, target)
     written, memory = stored(k, node, target, value), address(k, node, target)
-    if written is None:
+    if written is None or mask is not None:
         return UNKNOWN
     k.emit(node, lambda: dialect.StoreOp.build(operands=[written.value, memory.value]), written, memory)
     return None if k.builder is None or None not in (written.value, memory.value) else UNKNOWN
 
 
 def stored(k: Interpreter, node: ast.AST, target: Block, value: Any) -> Tensor | None:
-    """The tensor that is written to a block: of its shape, and no bare reduction."""
-    given = tensor(k, node, value, "what is stored")
+    """The tensor that is written to a block: of its shape or one number, and no bare reduction."""
+    given = numbers(k, node, value, "what is stored")
     if given is None:
         return None
-    origin = given.origin
-    while origin.name in {"reshape", "broadcast"} and origin.operands and given.shape != target.sizes:
-        origin = origin.operands[0].origin
     reduced = given.origin
     while reduced.name == "reshape":
         reduced = reduced.operands[0].origin
     if reduced.name == "reduce":
         message = "what a reduction gives is stored itself; the device wants an operation of full rank in between"
         k.report("REDUCE_STORE", node, message, "calculate with it and a tensor of full shape first")
-    shape = shaped(k, node, lambda: shapes.broadcast_to(given.shape, target.sizes))
-    return None if shape is None else arithmetic.broadcast_to(k, node, given, target.sizes)
+    if given.shape and shapes.differ(given.shape, target.sizes):
+        message = f"a tensor {shapes.text(given.shape)} is stored to a block {shapes.text(target.sizes)}"
+        k.report("SHAPE", node, message, "tl.broadcast_to or tl.reshape first")
+        return None
+    return arithmetic.broadcast_to(k, node, given, target.sizes)
 
 
 def judge_data(k: Interpreter, node: ast.AST, source: Block) -> None:
     """Whether a block of data has a dtype, a rank and a last dimension that the release takes."""
-    profile, base = k.diagnostics.profile, source.base
+    profile, base, made = k.diagnostics.profile, source.base, source.made
     least, greatest = profile.data_ranks
     if not least <= len(source.sizes) <= greatest:
         message = f"'{base.name}' has {len(source.sizes)} dimensions; data has {least} to {greatest}"
-        k.report("RANK", source.node, message, "dimensions of size 1 in front")
+        k.report("RANK", made, message, "dimensions of size 1 in front")
     if base.spec is not None and base.spec.dtype.name not in profile.data_dtypes:
         message = f"'{base.name}' is {base.spec.dtype}; data is {' or '.join(profile.data_dtypes)}"
-        k.report("DTYPE", source.node, message, "cast it in the operator's wrapper")
-    judge_last(k, source.node, source.sizes, f"'{base.name}'")
+        k.report("DTYPE", made, message, "cast it in the operator's wrapper")
+    judge_last(k, made, source.sizes, f"'{base.name}'")
 
 
 def judge_last(k: Interpreter, node: ast.AST, shape: Shape, what: str) -> None:
@@ -400,26 +424,44 @@ def _judge_access(
 @handler
 def zeros(k: Interpreter, node: ast.AST, shape: Any, dtype: Any) -> Any:
     """``tl.zeros``."""
-    given = sizes(k, node, shape, "the shape")
+    given, fits = sizes(k, node, shape, "the shape"), _is_data(k, node, dtype)
     if given is None:
         return UNKNOWN
-    return arithmetic.number(k, node, 0.0, given, "zeros")
+    made = arithmetic.number(k, node, 0.0, given, "zeros")
+    return made if fits else assumed(made)
 
 
 @handler
 def tensor_(k: Interpreter, node: ast.AST, value: Any, dtype: Any = None) -> Any:
     """``tl.tensor``."""
-    return tensor(k, node, value) or UNKNOWN
+    made = tensor(k, node, value)
+    if made is None:
+        return UNKNOWN
+    return made if dtype is None or _is_data(k, node, dtype) else assumed(made)
+
+
+def _is_data(k: Interpreter, node: ast.AST, of: Any) -> bool:
+    """Whether a tensor may be made with this dtype; reported if not."""
+    allowed = k.diagnostics.profile.data_dtypes
+    if isinstance(of, pointer_type):
+        of = of.scalar
+    if isinstance(of, dtype) and of.name not in allowed:
+        k.report("DTYPE", node, f"a tensor of {of}; data is {' or '.join(allowed)}")
+    elif not isinstance(of, dtype | Symbolic) and of is not UNKNOWN:
+        k.report("DTYPE", node, "its dtype is none of the language's")
+    return isinstance(of, dtype) and of.name in allowed
 
 
 @handler
 def broadcast(k: Interpreter, node: ast.AST, input: Any, other: Any) -> Any:
-    """``tl.broadcast``."""
+    """``tl.broadcast``: both operands, stretched."""
     x, y = tensor(k, node, input), tensor(k, node, other)
     if x is None or y is None:
         return UNKNOWN
     shape = shaped(k, node, lambda: shapes.broadcast(x.shape, y.shape))
-    return UNKNOWN if shape is None else arithmetic.broadcast_to(k, node, x, shape)
+    if shape is None:
+        return UNKNOWN
+    return tuple(arithmetic.broadcast_to(k, node, each, shape) for each in (x, y))
 
 
 @handler
@@ -440,7 +482,7 @@ def expand_dims(k: Interpreter, node: ast.AST, input: Any, axis: Any) -> Any:
     if x is None or not all(isinstance(each, int) for each in axes):
         return UNKNOWN
     rank = len(x.shape) + len(axes)
-    if any(not -rank <= each < rank for each in axes):
+    if any(not -rank <= each < rank for each in axes) or len({each % rank for each in axes}) < len(axes):
         k.report("SHAPE", node, f"axis {axis} of a tensor with {rank} dimensions")
         return UNKNOWN
     shape = list(x.shape)
@@ -452,7 +494,7 @@ def expand_dims(k: Interpreter, node: ast.AST, input: Any, axis: Any) -> Any:
 @handler
 def reshape(k: Interpreter, node: ast.AST, input: Any, *shape: Any, can_reorder: Any = False) -> Any:
     """``tl.reshape``."""
-    x, given = tensor(k, node, input), sizes(k, node, spread(shape), "the shape")
+    x, given = tensor(k, node, input), sizes(k, node, spread(shape), "the shape", -1)
     if x is None or given is None:
         return UNKNOWN
     result = shaped(k, node, lambda: shapes.reshape(x.shape, given))
@@ -476,13 +518,15 @@ def reshaped(k: Interpreter, node: ast.AST, x: Tensor, shape: Shape) -> Tensor:
 @handler
 def permute(k: Interpreter, node: ast.AST, input: Any, *dims: Any) -> Any:
     """``tl.permute``."""
-    x, order = tensor(k, node, input), spread(dims)
-    if x is None or not all(isinstance(each, int) for each in order):
+    x = tensor(k, node, input)
+    order = [integer(k, node, each, "a dimension") for each in spread(dims)]
+    if x is None or None in order:
         return UNKNOWN
-    shape = shaped(k, node, lambda: shapes.permute(x.shape, order))
+    dims = tuple(each for each in order if each is not None)
+    shape = shaped(k, node, lambda: shapes.permute(x.shape, dims))
     if shape is None:
         return UNKNOWN
-    permutation = [shapes.axis(each, len(x.shape)) for each in order]
+    permutation = [shapes.axis(each, len(x.shape)) for each in dims]
     return k.tensor(
         node,
         "transpose",
@@ -523,6 +567,8 @@ def dot(k: Interpreter, node: ast.AST, input: Any, other: Any, acc: Any, *rest: 
     if x.dtype != y.dtype:
         k.report("DOT_DTYPE", node, f"operands are {x.dtype} and {y.dtype}", "one dtype for both")
         return UNKNOWN
+    if arithmetic.numbers(k, node, x) is None:
+        return UNKNOWN
     try:
         shape = shapes.matmul(x.shape, y.shape)
     except ShapeError as error:
@@ -531,13 +577,14 @@ def dot(k: Interpreter, node: ast.AST, input: Any, other: Any, acc: Any, *rest: 
     for each in (x, y):
         _judge_order(k, each)
     judge_last(k, node, shape, "the product")
-    return k.tensor(
+    product = k.tensor(
         node,
         "matmul",
         shape,
         (x, y),
         lambda: dialect.MatmulOp.build(operands=[x.value, y.value], result_types=[dialect.tensor(static(shape))]),
     )
+    return product if acc is None else assumed(product)
 
 
 def _is_float32(value: Any) -> bool:
@@ -563,16 +610,15 @@ def _judge_order(k: Interpreter, x: Tensor) -> None:
 
 
 def _elementwise(name: str, k: Interpreter, node: ast.AST, *operands: Any) -> Any:
-    of_device = any(isinstance(each, Tensor | Argument | Index | Block) for each in operands)
-    if not of_device and (UNKNOWN in operands or any(isinstance(each, Symbolic) for each in operands)):
-        return UNKNOWN
     return arithmetic.elementwise(k, node, name, *operands)
 
 
 def _of_two(name: str, k: Interpreter, node: ast.AST, x: Any, y: Any, option: Any) -> Any:
+    result = _elementwise(name, k, node, x, y)
     if option not in (None, False):
         k.report("UNSUPPORTED_OP", node, "x and y are all that can be given")
-    return _elementwise(name, k, node, x, y)
+        return assumed(result) if isinstance(result, Tensor) else result
+    return result
 
 
 HANDLERS.update({name: partial(_elementwise, name) for name in dialect.UNARY})
@@ -593,33 +639,32 @@ def where(k: Interpreter, node: ast.AST, condition: Any, x: Any, y: Any) -> Any:
 
 
 def _reduce(name: str, k: Interpreter, node: ast.AST, input: Any, axis: Any, keep_dims: Any, indices: Any) -> Any:
-    x = tensor(k, node, input)
+    x = numbers(k, node, input)
     if indices not in (False, None):
         k.report("UNSUPPORTED_OP", node, f"tl.{name} gives no indices")
-        return UNKNOWN
-    if x is not None and x.is_condition:
-        k.report("UNSUPPORTED_OP", node, f"tl.{name} of a comparison; data is float32", "tl.where(condition, 1.0, 0.0)")
         return UNKNOWN
     if x is None:
         return UNKNOWN
     rank = len(x.shape)
-    axes = tuple(range(rank)) if axis is None else (axis,)
-    if UNKNOWN in axes or not all(isinstance(each, int) for each in axes):
+    one = None if axis is None else integer(k, node, axis, "the axis")
+    if axis is not None and one is None:
         return UNKNOWN
-    if shaped(k, node, lambda: tuple(shapes.axis(each, rank) for each in axes)) is None or not rank:
+    axes = shaped(k, node, lambda: tuple(range(rank)) if one is None else (shapes.axis(one, rank),))
+    if axes is None:
         return UNKNOWN
-    last = tuple(shapes.axis(each, rank) for each in axes)
-    if last != (rank - 1,):
+    if axes != (rank - 1,):
         what = "all axes are" if axis is None else f"axis {axis} is"
         message = f"{what} reduced; the device reduces the last of {rank} dimensions"
         k.report("REDUCE_AXIS", node, message, f"tl.permute, then axis={rank - 1}")
-    if keep_dims is not True and keep_dims is not UNKNOWN:
+    if isinstance(keep_dims, Symbolic) or keep_dims in (UNKNOWN, UNDECIDED):
+        return UNKNOWN
+    if not keep_dims:
         what = f"axis={axis}" if axis is not None else ""
         message = f"tl.{name}({what}) drops the reduced axis; RBLN kernels need keep_dims=True"
         k.report("KEEP_DIMS", node, message, _with_keep_dims(node))
-    for each in sorted(last, reverse=True):
+    for each in reversed(static(axes)):
         x = _reduced(k, node, name, x, each)
-        if keep_dims is False:
+        if not keep_dims:
             x = reshaped(k, node, x, shapes.reduce(x.shape, each, keep_dims=False))
     return x
 
@@ -662,7 +707,10 @@ def min_(k: Interpreter, node: ast.AST, input: Any, axis: Any, return_indices: A
 @handler
 def sum_(k: Interpreter, node: ast.AST, input: Any, axis: Any = None, keep_dims: Any = False, dtype: Any = None) -> Any:
     """``tl.sum``."""
-    return _reduce("sum", k, node, input, axis, keep_dims, False)
+    result = _reduce("sum", k, node, input, axis, keep_dims, False)
+    if dtype is not None and not _is_data(k, node, dtype):
+        return assumed(result) if isinstance(result, Tensor) else result
+    return result
 
 
 # Compile time
@@ -695,17 +743,31 @@ def static_print(k: Interpreter, node: ast.AST, *values: Any, sep: Any = " ", en
 # Casts
 
 
-def cast(k: Interpreter, node: ast.AST, value: Any, to: Any = None, *rest: Any, **named: Any) -> Any:
+def cast(
+    k: Interpreter, node: ast.AST, value: Any, dtype: Any = None, fp_downcast_rounding: Any = None, bitcast: Any = False
+) -> Any:
     """``value.to(dtype)`` and ``value.cast(dtype)``: no more than a name of the dtype that it has."""
+    if dtype in (UNKNOWN, UNDECIDED) or isinstance(dtype, Symbolic):
+        return UNKNOWN
     if isinstance(value, Index):
-        if isinstance(to, dtype) and to.is_int():
+        if _is_dtype(dtype) and dtype.is_int():
             return value
         k.report("DYN_USE", node, "an index stays an integer", "index.cast(tl.int32)")
-        return value
-    if isinstance(value, Tensor) and isinstance(to, dtype):
-        if to != value.dtype:
-            k.report(
-                "UNSUPPORTED_OP", node, f"a cast from {value.dtype} to {to}; data is float32", "cast in the wrapper"
-            )
-        return value
+        return UNKNOWN
+    if isinstance(value, Tensor):
+        if _is_dtype(dtype) and dtype == value.dtype:
+            return value
+        message = f"a cast from {value.dtype} to {dtype}; data is float32"
+        k.report("UNSUPPORTED_OP", node, message, "cast in the wrapper")
+        return assumed(value)
+    if isinstance(value, Argument):
+        value.uses.add("scalar")
+        message = f"'{value.name}' is cast; what a 0-d tensor holds can only be multiplied with a tensor"
+        k.report("SCALAR_PARAM", node, message, "cast in the wrapper")
+    else:
+        k.report("SYNTAX", node, "only tensors and indices have dtypes")
     return UNKNOWN
+
+
+def _is_dtype(value: Any) -> bool:
+    return isinstance(value, dtype)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import builtins
 from dataclasses import dataclass, field
 from types import FunctionType, ModuleType
@@ -13,6 +12,7 @@ from tilewright.npu.language.core import constexpr
 from tilewright.npu.module import KernelModule, language_object, of_language
 
 if TYPE_CHECKING:
+    import ast
     from collections.abc import Callable
 
 PYTHON: dict[str, Callable[..., Any]] = {
@@ -20,6 +20,14 @@ PYTHON: dict[str, Callable[..., Any]] = {
     for name in ("abs", "bool", "float", "int", "len", "list", "max", "min", "range", "tuple")
 }
 """The functions of Python that a kernel may call with values that are known when it is compiled."""
+
+
+_USUAL = {
+    "tl": "triton.language",
+    "triton": "triton",
+    "rblib": "rebel.triton.language.extra.rbln.libdevice",
+}
+"""What these names stand for where they are a parameter of a function that makes kernels, or are set later."""
 
 
 class Scope(Protocol):
@@ -37,7 +45,7 @@ class FileScope:
 
     Attributes:
         module: the module.
-        nested: whether the kernel stands inside another function, whose names cannot be seen.
+        nested: whether the kernel stands inside another function; what that one's names stand for cannot be seen.
     """
 
     module: KernelModule
@@ -48,13 +56,18 @@ class FileScope:
         """What a name stands for; unknown where only running the module could tell."""
         if name not in self._known:
             self._known[name] = UNKNOWN  # while it is looked up, against a name that is defined by itself
-            self._known[name] = self._lookup(name)
+            found = self._lookup(name)
+            if found is UNKNOWN and name in _USUAL:
+                found = language_object(_USUAL[name])
+            self._known[name] = found
         return self._known[name]
 
     def _lookup(self, name: str) -> Any:
         module = self.module
         if name in module.kernels:
             return Function(module, module.kernels[name], self)
+        if self.nested and name in module.enclosing:
+            return UNKNOWN
         if name in module.imports:
             dotted = module.imports[name]
             if (found := language_object(dotted)) is not None:
@@ -62,11 +75,14 @@ class FileScope:
             return UNKNOWN if of_language(dotted) else Foreign(dotted)
         if name in module.assignments:
             return self._constant(module.assignments[name])
-        if name in PYTHON:
-            return PYTHON[name]
-        if self.nested or name in _defined(module.tree):
+        if name in module.names:
             return UNKNOWN
-        raise NameError(name)
+        try:
+            return _python(name)
+        except NameError:
+            if "*" in module.names:
+                return UNKNOWN
+            raise
 
     def _constant(self, node: ast.expr) -> Any:
         """The value of a module's constant, where it is made of literals."""
@@ -84,7 +100,7 @@ class LiveScope:
 
     def lookup(self, name: str) -> Any:
         """What a name stands for."""
-        return self._language(self._find(name))
+        return plain(self._find(name))
 
     def _find(self, name: str) -> Any:
         closure = dict(zip(self.function.__code__.co_freevars, self.function.__closure__ or (), strict=True))
@@ -95,26 +111,25 @@ class LiveScope:
                 raise NameError(name) from None
         if name in self.function.__globals__:
             return self.function.__globals__[name]
-        if name in PYTHON:
-            return PYTHON[name]
-        raise NameError(name)
-
-    @staticmethod
-    def _language(value: Any) -> Any:
-        if isinstance(value, constexpr):
-            return value.value
-        if isinstance(value, ModuleType):
-            found = language_object(value.__name__)
-            return value if found is None else found
-        return value
+        return _python(name)
 
 
-def _defined(tree: ast.Module) -> set[str]:
-    """Every name that a module binds somewhere at its top."""
-    found: set[str] = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
-            found.add(node.id)
-        elif isinstance(node, ast.FunctionDef | ast.ClassDef):
-            found.add(node.name)
-    return found
+def plain(value: Any) -> Any:
+    """A value of Python as a kernel has it: constexprs unwrapped, lists as tuples, modules of the language."""
+    if isinstance(value, constexpr):
+        return plain(value.value)
+    if isinstance(value, list):
+        return tuple(plain(each) for each in value)
+    if isinstance(value, ModuleType):
+        found = language_object(value.__name__)
+        return value if found is None else found
+    return value
+
+
+def _python(name: str) -> Any:
+    """A name of Python itself: a function that kernels may call, or one that they may not."""
+    if name in PYTHON:
+        return PYTHON[name]
+    if hasattr(builtins, name):
+        return Foreign(name)
+    raise NameError(name)

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 from xdsl.dialects.builtin import FloatAttr, IndexType, IntegerAttr, f32, i1
 
 from tilewright.npu import shapes
-from tilewright.npu.front import operations
-from tilewright.npu.front.operations import address, integer, judge_data, shaped, static, stored, tensor
-from tilewright.npu.front.values import UNKNOWN, Block, Flag, Index, Origin, Tensor
+from tilewright.npu.front import arithmetic, operations
+from tilewright.npu.front.operations import address, assumed, integer, judge_data, numbers, shaped, static, stored
+from tilewright.npu.front.values import FLOAT, UNKNOWN, Block, Flag, Index, Origin, Tensor
 from tilewright.npu.ir import dialect
 from tilewright.npu.language import float32
 from tilewright.npu.symbols import Symbolic
@@ -79,7 +79,9 @@ def to_dynamic_index(k: Interpreter, node: ast.AST, pointer: Any, max: Any = -1)
     if not least <= len(pointer.sizes) <= greatest:
         message = f"'{base.name}' has {len(pointer.sizes)} dimensions; tables have {least} to {greatest}"
         k.report("RANK", pointer.node, message)
-    if max is UNKNOWN or not isinstance(max, int | Symbolic):
+    if not isinstance(max, int | Symbolic) and max is not UNKNOWN:
+        k.report("DYN_USE", node, "the largest value of an index is a constexpr", "PARTITION_SIZE")
+    if not isinstance(max, int | Symbolic):
         max = -1
     memory = address(k, node, pointer)
 
@@ -98,6 +100,7 @@ def partition_skip(k: Interpreter, node: ast.AST, given: Any) -> Any:
         return UNKNOWN
     if asked.root is not None:
         k.report("DYN_USE", node, "a partition is told by its count of rows, to which nothing is added")
+        return Flag(None)
     source = asked.source
     base, position = source.block.base, source.block.offsets
 
@@ -186,13 +189,13 @@ def dynamic_store(k: Interpreter, node: ast.AST, pointer: Any, value: Any, axis:
 @handler
 def insert(k: Interpreter, node: ast.AST, data: Any, updates: Any, axis: Any, given: Any) -> Any:
     """``rblib.insert``."""
-    x, y = tensor(k, node, data, "data"), tensor(k, node, updates, "updates")
+    x, y = numbers(k, node, data, "data"), numbers(k, node, updates, "updates")
     start, at = index(k, node, given, "the place of the rows"), integer(k, node, axis, "the axis")
     if x is None or y is None or start is None or at is None:
-        return x or UNKNOWN
+        return UNKNOWN if x is None else assumed(x)
     shape = shaped(k, node, lambda: shapes.insert(x.shape, y.shape, at))
     if shape is None:
-        return x
+        return assumed(x)
     start.source.rows = x.shape[at]
     return _rows(k, node, "insert", dialect.InsertOp, (x, y, start), shape, axis=shapes.axis(at, len(x.shape)))
 
@@ -200,7 +203,7 @@ def insert(k: Interpreter, node: ast.AST, data: Any, updates: Any, axis: Any, gi
 @handler
 def window_insert(k: Interpreter, node: ast.AST, base: Any, state: Any, axis: Any, start: Any) -> Any:
     """``rblib.window_insert``."""
-    x, y = tensor(k, node, base, "base"), tensor(k, node, state, "state")
+    x, y = numbers(k, node, base, "base"), numbers(k, node, state, "state")
     first, at = index(k, node, start, "the start of the rows"), integer(k, node, axis, "the axis")
     if x is None or y is None or first is None or at is None:
         return UNKNOWN
@@ -214,8 +217,8 @@ def window_insert(k: Interpreter, node: ast.AST, base: Any, state: Any, axis: An
 @handler
 def window_slice(k: Interpreter, node: ast.AST, x: Any, end: Any, axis: Any, size: Any) -> Any:
     """``rblib.window_slice``."""
-    given, last = tensor(k, node, x, "x"), index(k, node, end, "the end of the rows")
-    at, rows = integer(k, node, axis, "the axis"), operations.sizes(k, node, size, "the size")
+    given, last = numbers(k, node, x, "x"), index(k, node, end, "the end of the rows")
+    at, rows = integer(k, node, axis, "the axis"), operations.sizes(k, node, (size,), "the size")
     if given is None or last is None or at is None or rows is None:
         return UNKNOWN
     shape = shaped(k, node, lambda: shapes.with_size(given.shape, at, rows[0]))
@@ -228,14 +231,18 @@ def window_slice(k: Interpreter, node: ast.AST, x: Any, end: Any, axis: Any, siz
 @handler
 def nn_pad(k: Interpreter, node: ast.AST, x: Any, value: Any, axis: Any, pad: Any, mode: Any = "constant") -> Any:
     """``rblib.nn_pad``."""
-    given, at = tensor(k, node, x, "x"), integer(k, node, axis, "the axis")
-    ends = operations.sizes(k, node, pad, "the padding")
-    if mode not in ("constant", UNKNOWN):
+    given, at = numbers(k, node, x, "x"), integer(k, node, axis, "the axis")
+    ends = operations.sizes(k, node, pad, "the padding", 0)
+    constant = mode == "constant"
+    if not constant and mode is not UNKNOWN:
         k.report("UNSUPPORTED_OP", node, f"rblib.nn_pad pads with a constant, not by '{mode}'")
-    if given is None or at is None or ends is None or not isinstance(value, int | float):
+    number = isinstance(value, int | float)
+    if not number and value not in (UNKNOWN, FLOAT) and not isinstance(value, Symbolic):
+        k.report("SHAPE", node, "what rblib.nn_pad pads with is a number")
+    if given is None or at is None or ends is None:
         return UNKNOWN
-    if len(ends) != 2 or any(isinstance(each, int) and each < 0 for each in ends):
-        k.report("SHAPE", node, f"a padding is a pair of counts, not {ends}")
+    if len(ends) != 2:
+        k.report("SHAPE", node, f"a padding is a pair of counts, not {shapes.text(ends)}")
         return UNKNOWN
     low, high = ends
     shape = shaped(k, node, lambda: shapes.with_size(given.shape, at, given.shape[at] + low + high))
@@ -252,7 +259,7 @@ def nn_pad(k: Interpreter, node: ast.AST, x: Any, value: Any, axis: Any, pad: An
         result = dialect.tensor(static(shape))
         return dialect.PadOp.build(operands=[given.value], properties=properties, result_types=[result])
 
-    return k.tensor(node, "pad", shape, (given,), make)
+    return k.tensor(node, "pad", shape, (given if constant and number else assumed(given),), make)
 
 
 # Softmax
@@ -261,42 +268,58 @@ def nn_pad(k: Interpreter, node: ast.AST, x: Any, value: Any, axis: Any, pad: An
 @handler
 def softmax(k: Interpreter, node: ast.AST, x: Any, axis: Any = -1) -> Any:
     """``rblib.softmax``."""
-    given, at = tensor(k, node, x, "x"), integer(k, node, axis, "the axis")
+    given, at = numbers(k, node, x, "x"), integer(k, node, axis, "the axis")
     if given is None or at is None:
-        return given or UNKNOWN
-    if at not in (-1, len(given.shape) - 1):
-        k.report("REDUCE_AXIS", node, f"rblib.softmax along axis {at}; the device reduces the last dimension")
-        return given
-    return _rows(k, node, "softmax", dialect.SoftmaxOp, (given,), given.shape)
+        return UNKNOWN if given is None else assumed(given)
+    rank = len(given.shape)
+    axes = shaped(k, node, lambda: (shapes.axis(at, rank),))
+    if axes is None:
+        return assumed(given)
+    if axes == (rank - 1,):
+        return _rows(k, node, "softmax", dialect.SoftmaxOp, (given,), given.shape)
+    k.report("REDUCE_AXIS", node, f"rblib.softmax along axis {at}; the device reduces the last dimension")
+    order = list(range(rank))
+    order[at], order[-1] = order[-1], order[at]
+    last = operations.permute(k, node, given, *order)
+    return operations.permute(k, node, _rows(k, node, "softmax", dialect.SoftmaxOp, (last,), last.shape), *order)
+
+
+def _scores(k: Interpreter, node: ast.AST, value: Any, what: str = "x") -> Tensor | None:
+    """A tensor with rows and columns."""
+    given = numbers(k, node, value, what)
+    if given is not None and len(given.shape) < 2:
+        k.report("SHAPE", node, f"{what} has shape {shapes.text(given.shape)}, which are no rows and columns")
+        return None
+    return given
 
 
 @handler
 def masked_softmax(k: Interpreter, node: ast.AST, x: Any, mask: Any) -> Any:
     """``rblib.masked_softmax``."""
-    given, seen = tensor(k, node, x, "x"), tensor(k, node, mask, "the mask")
+    given, seen = _scores(k, node, x), operations.tensor(k, node, mask, "the mask")
     if given is None or seen is None:
-        return given or UNKNOWN
+        return UNKNOWN if given is None else assumed(given)
     if shaped(k, node, lambda: shapes.broadcast_to(seen.shape, given.shape)) is None:
-        return given
+        return assumed(given)
     return _rows(k, node, "masked_softmax", dialect.MaskedSoftmaxOp, (given, seen), given.shape)
 
 
 @handler
 def dynamic_masked_softmax(k: Interpreter, node: ast.AST, x: Any, given: Any) -> Any:
     """``rblib.dynamic_masked_softmax``."""
-    scores, first = tensor(k, node, x, "x"), index(k, node, given, "what rows see up to")
+    scores, first = _scores(k, node, x), index(k, node, given, "what rows see up to")
     if scores is None or first is None:
-        return scores or UNKNOWN
+        return UNKNOWN if scores is None else assumed(scores)
     return _rows(k, node, "softmax", dialect.DynamicMaskedSoftmaxOp, (scores, first), scores.shape)
 
 
 @handler
 def window_softmax(k: Interpreter, node: ast.AST, x: Any, start: Any, window_size: Any) -> Any:
     """``rblib.window_softmax``."""
-    scores, first = tensor(k, node, x, "x"), index(k, node, start, "the first row")
-    size = operations.sizes(k, node, window_size, "window_size")
+    scores, first = _scores(k, node, x), index(k, node, start, "the first row")
+    size = operations.sizes(k, node, (window_size,), "window_size")
     if scores is None or first is None or size is None:
-        return scores or UNKNOWN
+        return UNKNOWN if scores is None else assumed(scores)
     properties = {"window_size": size[0]}
     return _rows(k, node, "softmax", dialect.WindowSoftmaxOp, (scores, first), scores.shape, **properties)
 
@@ -309,11 +332,10 @@ def _tile(k: Interpreter, node: ast.AST, op: type[Operation], scores: Tensor, se
     rows = shapes.reduce(scores.shape, -1)
     before = None
     if previous is not None:
-        before = tensor(k, node, previous, "row_max_prev")
-        if before is None:
+        given = numbers(k, node, previous, "row_max_prev")
+        if given is None or shaped(k, node, lambda: shapes.broadcast_to(given.shape, rows)) is None:
             return (UNKNOWN, UNKNOWN, UNKNOWN)
-        if shaped(k, node, lambda: shapes.broadcast_to(before.shape, rows)) is None:
-            return (UNKNOWN, UNKNOWN, UNKNOWN)
+        before = arithmetic.broadcast_to(k, node, given, rows)
 
     def make() -> Operation:
         kinds = [dialect.tensor(static(shape)) for shape in (rows, scores.shape, rows)]
@@ -331,7 +353,7 @@ def _tile(k: Interpreter, node: ast.AST, op: type[Operation], scores: Tensor, se
 @handler
 def flash_attn_tile(k: Interpreter, node: ast.AST, qk: Any, mask: Any, row_max_prev: Any = None) -> Any:
     """``rblib.flash_attn_tile``."""
-    scores, seen = tensor(k, node, qk, "qk"), tensor(k, node, mask, "the mask")
+    scores, seen = _scores(k, node, qk, "qk"), operations.tensor(k, node, mask, "the mask")
     if scores is None or seen is None:
         return (UNKNOWN, UNKNOWN, UNKNOWN)
     if shaped(k, node, lambda: shapes.broadcast_to(seen.shape, scores.shape)) is None:
@@ -342,7 +364,7 @@ def flash_attn_tile(k: Interpreter, node: ast.AST, qk: Any, mask: Any, row_max_p
 @handler
 def dynamic_flash_attn_tile(k: Interpreter, node: ast.AST, qk: Any, given: Any, row_max_prev: Any = None) -> Any:
     """``rblib.dynamic_flash_attn_tile``."""
-    scores, first = tensor(k, node, qk, "qk"), index(k, node, given, "what rows see up to")
+    scores, first = _scores(k, node, qk, "qk"), index(k, node, given, "what rows see up to")
     if scores is None or first is None:
         return (UNKNOWN, UNKNOWN, UNKNOWN)
     return _tile(k, node, dialect.DynamicFlashTileOp, scores, first, row_max_prev)
@@ -356,15 +378,16 @@ def flash_attn_recompute(k: Interpreter, node: ast.AST, *values: Any) -> Any:
     """``rblib.flash_attn_recompute``."""
     k.recomputes += 1
     names = ("row_max_prev", "row_max", "row_sum_prev", "row_sum", "out_prev", "out")
-    given = [tensor(k, node, value, name) for value, name in zip(values, names, strict=True)]
+    given = [numbers(k, node, value, name) for value, name in zip(values, names, strict=True)]
     if any(each is None for each in given):
         return (UNKNOWN, UNKNOWN)
     tensors: list[Tensor] = [each for each in given if each is not None]
     rows, out = tensors[0].shape, tensors[4].shape
-    fits = all(each.shape == rows for each in tensors[:4]) and tensors[5].shape == out
-    if not fits:
+    if any(shapes.differ(each.shape, rows) for each in tensors[:4]) or shapes.differ(tensors[5].shape, out):
         found = ", ".join(f"{name} {shapes.text(each.shape)}" for name, each in zip(names, tensors, strict=True))
         k.report("SHAPE", node, f"maxima and sums have one shape, outputs another: {found}")
+        return (UNKNOWN, UNKNOWN)
+    if shaped(k, node, lambda: shapes.broadcast_to(rows, out)) is None:
         return (UNKNOWN, UNKNOWN)
 
     def make() -> Operation:

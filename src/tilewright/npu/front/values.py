@@ -31,6 +31,9 @@ UNDECIDED: Final = _Sentinel("UNDECIDED")
 """A truth that depends on sizes that have no values."""
 
 
+FLOAT: Final = _Sentinel("FLOAT")
+"""A number with a fraction that is made of sizes without values, such as ``1.0 / N``."""
+
 DYN_IF_HINT: Final = "if rblib.partition_skip(index) == False:"
 """The only ``if`` that a device takes."""
 
@@ -136,7 +139,8 @@ class Block:
         offsets: where the block begins: sizes, or indices that were read.
         sizes: the block's.
         order: a permutation without effect.
-        node: where the pointer was made.
+        node: where the pointer was made, or advanced.
+        made: where the pointer was made that it comes from.
     """
 
     base: Argument
@@ -144,8 +148,9 @@ class Block:
     strides: Shape
     offsets: tuple[Size | Index, ...]
     sizes: Shape
-    order: tuple[int, ...]
+    order: tuple[Any, ...]
     node: ast.AST
+    made: ast.AST
 
     @property
     def type(self) -> pointer_type:
@@ -247,3 +252,16 @@ class Function:
     module: KernelModule
     node: ast.FunctionDef
     scope: Any
+
+
+class Return(Exception):
+    """A kernel's ``return``, on its way out of the statements that it stands in.
+
+    Attributes:
+        node: the statement.
+        value: what is returned.
+    """
+
+    def __init__(self, node: ast.Return, value: Any) -> None:
+        self.node = node
+        self.value = value

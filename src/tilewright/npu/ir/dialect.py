@@ -57,7 +57,8 @@ PADDING = 64
 UNARY = (
     "abs", "ceil", "cos", "erf", "exp", "exp2", "floor", "log", "log2", "neg", "rsqrt", "sigmoid", "sin", "sqrt",
 )  # fmt: skip
-BINARY = ("add", "sub", "mul", "div", "maximum", "minimum", "lt", "le", "gt", "ge", "eq", "ne")
+COMPARISONS = ("lt", "le", "gt", "ge", "eq", "ne")
+BINARY = ("add", "sub", "mul", "div", "maximum", "minimum", *COMPARISONS)
 TERNARY = ("select",)
 ARITY = {**dict.fromkeys(UNARY, 1), **dict.fromkeys(BINARY, 2), **dict.fromkeys(TERNARY, 3)}
 REDUCTIONS = ("max", "min", "sum")
@@ -93,22 +94,49 @@ class NpuOperation(IRDLOperation, ABC):
 
     irdl_options = (ParsePropInAttrDict(),)
 
-    def expected(self) -> tuple[Shape, ...]:
-        """The shapes of the results, from operands and attributes. Raises :class:`ShapeError`."""
+    def expected(self) -> tuple[Shape | None, ...]:
+        """The shapes of the results, from operands and attributes; None for what has none.
+
+        Raises:
+            ShapeError: operands and attributes do not fit.
+        """
         raise NotImplementedError
 
     def verify_(self) -> None:
-        """Hold the results' shapes against those expected."""
+        """Sizes are static, elements are what the operation takes, the results' shapes are those expected."""
+        for attribute in self.properties.values():
+            if isinstance(attribute, DenseArrayBase) and attribute.elt_type != i64:
+                raise VerifyException(f"{self.name}: integers have 64 bits, not {attribute.elt_type}")
+        for value in (*self.operands, *self.results):
+            if isinstance(value.type, TensorType | MemRefType) and any(size < 1 for size in shape_of(value)):
+                raise VerifyException(f"{self.name}: {value.type} has a size that is not known, or none")
+        self.verify_elements()
         try:
             expected = self.expected()
         except ShapeError as error:
             raise VerifyException(f"{self.name}: {error}") from error
         for result, shape in zip(self.results, expected, strict=True):
-            if shape_of(result) != shape:
+            if shape is not None and shape_of(result) != shape:
                 message = (
                     f"{self.name}: a result has shape {shapes.text(shape_of(result))}, expected {shapes.text(shape)}"
                 )
                 raise VerifyException(message)
+
+    def conditions(self) -> Sequence[SSAValue]:
+        """The operands and results that may be the truths of a comparison; all others are float32."""
+        return ()
+
+    def verify_elements(self) -> None:
+        """Tensors hold numbers, or the truths of a comparison where those may stand."""
+        free = self.conditions()
+        for value in (*self.operands, *self.results):
+            self.require(value, *((f32, i1) if any(value is each for each in free) else (f32,)))
+
+    def require(self, value: SSAValue, *allowed: Attribute) -> None:
+        """Make sure that a tensor has elements of one of these types."""
+        if isinstance(value.type, TensorType) and element_of(value) not in allowed:
+            expected = " or ".join(str(each) for each in allowed)
+            raise VerifyException(f"{self.name}: a tensor has elements {element_of(value)}, expected {expected}")
 
     def sizes(self, name: str) -> tuple[int, ...]:
         """The integers of an attribute."""
@@ -121,6 +149,19 @@ class NpuOperation(IRDLOperation, ABC):
         attribute = self.properties[name]
         assert isinstance(attribute, IntegerAttr)
         return attribute.value.data
+
+
+class _Move(NpuOperation):
+    """What gives the elements that it is given: numbers, or truths."""
+
+    def conditions(self) -> Sequence[SSAValue]:
+        """All of it."""
+        return (*self.operands, *self.results)
+
+    def verify_elements(self) -> None:
+        """The result's elements are the operand's."""
+        super().verify_elements()
+        self.require(self.results[0], element_of(self.operands[0]))
 
 
 _FORMAT = "operands attr-dict `:` functional-type(operands, results)"
@@ -141,10 +182,12 @@ class BlockOp(NpuOperation):
     assembly_format = _FORMAT
     traits = traits_def(Pure())
 
-    def expected(self) -> tuple[Shape, ...]:
+    def expected(self) -> tuple[Shape | None, ...]:
         """As the result says; each dimension inside the base's, the last one inside its padding."""
         base, sizes = shape_of(self.base), shape_of(self.result)
         offsets = self.sizes("static_offsets")
+        if element_of(self.base) != element_of(self.result):
+            raise ShapeError(f"a block has elements {element_of(self.result)}, its base {element_of(self.base)}")
         if not len(base) == len(sizes) == len(offsets):
             raise ShapeError(f"a block {shapes.text(sizes)} at {offsets} of {shapes.text(base)}: ranks differ")
         if offsets.count(DYNAMIC) != len(self.offsets):
@@ -167,7 +210,7 @@ class LoadOp(NpuOperation):
     assembly_format = _FORMAT
     traits = traits_def(MemoryReadEffect())
 
-    def expected(self) -> tuple[Shape, ...]:
+    def expected(self) -> tuple[Shape | None, ...]:
         """The block's."""
         return (shape_of(self.block),)
 
@@ -182,7 +225,7 @@ class StoreOp(NpuOperation):
     assembly_format = _STORE_FORMAT
     traits = traits_def(MemoryWriteEffect())
 
-    def expected(self) -> tuple[Shape, ...]:
+    def expected(self) -> tuple[Shape | None, ...]:
         """None; the two agree."""
         _agree(self.value, self.block)
         return ()
@@ -200,7 +243,7 @@ class DynLoadOp(NpuOperation):
     assembly_format = _FORMAT
     traits = traits_def(MemoryReadEffect())
 
-    def expected(self) -> tuple[Shape, ...]:
+    def expected(self) -> tuple[Shape | None, ...]:
         """The block's."""
         shapes.axis(self.number("axis"), len(shape_of(self.block)))
         return (shape_of(self.block),)
@@ -218,7 +261,7 @@ class DynStoreOp(NpuOperation):
     assembly_format = _STORE_FORMAT
     traits = traits_def(MemoryWriteEffect())
 
-    def expected(self) -> tuple[Shape, ...]:
+    def expected(self) -> tuple[Shape | None, ...]:
         """None; the two agree."""
         _agree(self.value, self.block)
         shapes.axis(self.number("axis"), len(shape_of(self.block)))
@@ -235,7 +278,7 @@ class ScalarOp(NpuOperation):
     assembly_format = _FORMAT
     traits = traits_def(MemoryReadEffect())
 
-    def expected(self) -> tuple[Shape, ...]:
+    def expected(self) -> tuple[Shape | None, ...]:
         """No dimensions, and the base has one element."""
         if any(size != 1 for size in shape_of(self.base)):
             raise ShapeError(f"{shapes.text(shape_of(self.base))} is no scalar")
@@ -256,14 +299,13 @@ class IndexOp(NpuOperation):
     assembly_format = _FORMAT
     traits = traits_def(MemoryReadEffect())
 
-    def verify_(self) -> None:
-        """The block has one integer."""
+    def expected(self) -> tuple[Shape | None, ...]:
+        """None; the block has one integer."""
         if any(size != 1 for size in shape_of(self.block)):
-            raise VerifyException(
-                f"{self.name}: the block has shape {shapes.text(shape_of(self.block))}, expected ones"
-            )
+            raise ShapeError(f"the block has shape {shapes.text(shape_of(self.block))}, expected ones")
         if not isinstance(element_of(self.block), IntegerType):
-            raise VerifyException(f"{self.name}: the block has elements {element_of(self.block)}, expected integers")
+            raise ShapeError(f"the block has elements {element_of(self.block)}, expected integers")
+        return (None,)
 
 
 @irdl_op_definition
@@ -277,8 +319,9 @@ class IndexAddOp(NpuOperation):
     assembly_format = _FORMAT
     traits = traits_def(Pure())
 
-    def verify_(self) -> None:
-        """Nothing is left to verify."""
+    def expected(self) -> tuple[Shape | None, ...]:
+        """None."""
+        return (None,)
 
 
 @irdl_op_definition
@@ -297,11 +340,17 @@ class PartitionSkipOp(NpuOperation):
     assembly_format = _FORMAT
     traits = traits_def(MemoryReadEffect())
 
-    def verify_(self) -> None:
-        """The position lies in the table."""
+    def expected(self) -> tuple[Shape | None, ...]:
+        """None; the position lies in the table, and partitions have rows."""
         table, position = shape_of(self.table), self.sizes("position")
-        if len(table) != len(position) or any(not 0 <= at < size for at, size in zip(position, table, strict=True)):
-            raise VerifyException(f"{self.name}: {position} is no position in {shapes.text(table)}")
+        inside = len(table) == len(position) and all(0 <= at < size for at, size in zip(position, table, strict=True))
+        if not inside or not table:
+            raise ShapeError(f"{position} is no position in {shapes.text(table)}")
+        if self.number("partition_size") < 1:
+            raise ShapeError(f"a partition of {self.number('partition_size')} rows")
+        if not isinstance(element_of(self.table), IntegerType):
+            raise ShapeError(f"the table has elements {element_of(self.table)}, expected integers")
+        return (None,)
 
 
 # Tensors
@@ -318,7 +367,14 @@ class ElementwiseOp(NpuOperation):
     assembly_format = _FORMAT
     traits = traits_def(Pure())
 
-    def expected(self) -> tuple[Shape, ...]:
+    def verify_elements(self) -> None:
+        """A comparison gives truths, a choice takes some; everything else is numbers."""
+        truths = self.results if self.function.data in COMPARISONS else ()
+        truths = (*truths, *(self.operands[:1] if self.function.data == "select" else ()))
+        for value in (*self.operands, *self.results):
+            self.require(value, i1 if any(value is each for each in truths) else f32)
+
+    def expected(self) -> tuple[Shape | None, ...]:
         """That of the operands."""
         function = self.function.data
         if ARITY.get(function) != len(self.arguments):
@@ -342,7 +398,7 @@ class ReduceOp(NpuOperation):
     assembly_format = _FORMAT
     traits = traits_def(Pure())
 
-    def expected(self) -> tuple[Shape, ...]:
+    def expected(self) -> tuple[Shape | None, ...]:
         """The operand's, but for the axis."""
         if self.function.data not in REDUCTIONS:
             raise ShapeError(f"there is no reduction '{self.function.data}'")
@@ -360,13 +416,13 @@ class MatmulOp(NpuOperation):
     assembly_format = _FORMAT
     traits = traits_def(Pure())
 
-    def expected(self) -> tuple[Shape, ...]:
+    def expected(self) -> tuple[Shape | None, ...]:
         """The product's."""
         return (shapes.matmul(shape_of(self.lhs), shape_of(self.rhs)),)
 
 
 @irdl_op_definition
-class TransposeOp(NpuOperation):
+class TransposeOp(_Move):
     """The dimensions in another order."""
 
     name = "npu.transpose"
@@ -376,13 +432,13 @@ class TransposeOp(NpuOperation):
     assembly_format = _FORMAT
     traits = traits_def(Pure())
 
-    def expected(self) -> tuple[Shape, ...]:
+    def expected(self) -> tuple[Shape | None, ...]:
         """The sizes in that order."""
         return (shapes.permute(shape_of(self.argument), self.sizes("permutation")),)
 
 
 @irdl_op_definition
-class ReshapeOp(NpuOperation):
+class ReshapeOp(_Move):
     """The same elements in row-major order with another shape."""
 
     name = "npu.reshape"
@@ -391,13 +447,13 @@ class ReshapeOp(NpuOperation):
     assembly_format = _FORMAT
     traits = traits_def(Pure())
 
-    def expected(self) -> tuple[Shape, ...]:
+    def expected(self) -> tuple[Shape | None, ...]:
         """As the result says."""
         return (shapes.reshape(shape_of(self.argument), shape_of(self.result)),)
 
 
 @irdl_op_definition
-class BroadcastOp(NpuOperation):
+class BroadcastOp(_Move):
     """Repeated along dimensions of size 1; missing ones are added in front."""
 
     name = "npu.broadcast"
@@ -406,7 +462,7 @@ class BroadcastOp(NpuOperation):
     assembly_format = _FORMAT
     traits = traits_def(Pure())
 
-    def expected(self) -> tuple[Shape, ...]:
+    def expected(self) -> tuple[Shape | None, ...]:
         """As the result says."""
         return (shapes.broadcast_to(shape_of(self.argument), shape_of(self.result)),)
 
@@ -425,7 +481,7 @@ class PadOp(NpuOperation):
     assembly_format = _FORMAT
     traits = traits_def(Pure())
 
-    def expected(self) -> tuple[Shape, ...]:
+    def expected(self) -> tuple[Shape | None, ...]:
         """The axis has as many entries more."""
         shape, low, high = shape_of(self.argument), self.number("low"), self.number("high")
         if low < 0 or high < 0:
@@ -450,7 +506,7 @@ class InsertOp(NpuOperation):
     assembly_format = _FORMAT
     traits = traits_def(Pure())
 
-    def expected(self) -> tuple[Shape, ...]:
+    def expected(self) -> tuple[Shape | None, ...]:
         """That of the data."""
         return (shapes.insert(shape_of(self.data), shape_of(self.updates), self.number("axis")),)
 
@@ -468,7 +524,7 @@ class WindowInsertOp(NpuOperation):
     assembly_format = _FORMAT
     traits = traits_def(Pure())
 
-    def expected(self) -> tuple[Shape, ...]:
+    def expected(self) -> tuple[Shape | None, ...]:
         """As many rows as both have."""
         return (shapes.window_insert(shape_of(self.base), shape_of(self.state), self.number("axis")),)
 
@@ -486,7 +542,7 @@ class WindowSliceOp(NpuOperation):
     assembly_format = _FORMAT
     traits = traits_def(Pure())
 
-    def expected(self) -> tuple[Shape, ...]:
+    def expected(self) -> tuple[Shape | None, ...]:
         """With ``size`` rows."""
         return (shapes.with_size(shape_of(self.argument), self.number("axis"), self.number("size")),)
 
@@ -504,8 +560,9 @@ class SoftmaxOp(NpuOperation):
     assembly_format = _FORMAT
     traits = traits_def(Pure())
 
-    def expected(self) -> tuple[Shape, ...]:
+    def expected(self) -> tuple[Shape | None, ...]:
         """The operand's."""
+        shapes.axis(-1, len(shape_of(self.argument)))
         return (shape_of(self.argument),)
 
 
@@ -520,9 +577,13 @@ class MaskedSoftmaxOp(NpuOperation):
     assembly_format = _FORMAT
     traits = traits_def(Pure())
 
-    def expected(self) -> tuple[Shape, ...]:
+    def conditions(self) -> Sequence[SSAValue]:
+        """The mask."""
+        return (self.mask,)
+
+    def expected(self) -> tuple[Shape | None, ...]:
         """The operand's; the mask stretches to it."""
-        return (shapes.broadcast_to(shape_of(self.mask), shape_of(self.argument)),)
+        return (shapes.broadcast_to(shape_of(self.mask), _scores(self.argument)),)
 
 
 @irdl_op_definition
@@ -536,9 +597,9 @@ class DynamicMaskedSoftmaxOp(NpuOperation):
     assembly_format = _FORMAT
     traits = traits_def(Pure())
 
-    def expected(self) -> tuple[Shape, ...]:
+    def expected(self) -> tuple[Shape | None, ...]:
         """The operand's."""
-        return (shape_of(self.argument),)
+        return (_scores(self.argument),)
 
 
 @irdl_op_definition
@@ -553,9 +614,9 @@ class WindowSoftmaxOp(NpuOperation):
     assembly_format = _FORMAT
     traits = traits_def(Pure())
 
-    def expected(self) -> tuple[Shape, ...]:
+    def expected(self) -> tuple[Shape | None, ...]:
         """The operand's."""
-        return (shape_of(self.argument),)
+        return (_scores(self.argument),)
 
 
 # Flash attention
@@ -564,9 +625,9 @@ class WindowSoftmaxOp(NpuOperation):
 class _FlashTile(NpuOperation):
     """One partition of a softmax: the row's maximum so far, the exponentials, their sum."""
 
-    def expected(self) -> tuple[Shape, ...]:
+    def expected(self) -> tuple[Shape | None, ...]:
         """Rows, scores, rows."""
-        scores = shape_of(self.operands[0])
+        scores = _scores(self.operands[0])
         rows = shapes.reduce(scores, -1)
         previous = self.operands[2] if len(self.operands) > 2 else None
         if previous is not None and shape_of(previous) != rows:
@@ -588,7 +649,11 @@ class FlashTileOp(_FlashTile):
     assembly_format = _FORMAT
     traits = traits_def(Pure())
 
-    def expected(self) -> tuple[Shape, ...]:
+    def conditions(self) -> Sequence[SSAValue]:
+        """The mask."""
+        return (self.mask,)
+
+    def expected(self) -> tuple[Shape | None, ...]:
         """Rows, scores, rows; the mask stretches to the scores."""
         shapes.broadcast_to(shape_of(self.mask), shape_of(self.argument))
         return super().expected()
@@ -625,7 +690,7 @@ class FlashRecomputeOp(NpuOperation):
     assembly_format = _FORMAT
     traits = traits_def(Pure())
 
-    def expected(self) -> tuple[Shape, ...]:
+    def expected(self) -> tuple[Shape | None, ...]:
         """Rows and outputs."""
         rows, out = shape_of(self.max_prev), shape_of(self.out_prev)
         for each in (self.max, self.sum_prev, self.sum):
@@ -635,6 +700,13 @@ class FlashRecomputeOp(NpuOperation):
             raise ShapeError(f"outputs have shapes {shapes.text(out)} and {shapes.text(shape_of(self.out))}")
         shapes.broadcast_to(rows, out)
         return rows, out
+
+
+def _scores(value: SSAValue) -> tuple[int, ...]:
+    shape = shape_of(value)
+    if len(shape) < 2:
+        raise ShapeError(f"{shapes.text(shape)} has no rows and columns")
+    return shape
 
 
 def _agree(value: SSAValue, block: SSAValue) -> None:

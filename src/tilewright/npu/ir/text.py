@@ -1,24 +1,41 @@
 """The text of a program: MLIR in its generic form, with the location of every operation.
 
-Any MLIR reads it that allows unregistered dialects; :func:`parse` reads it back, and printing that gives the same text.
+Any MLIR reads it that allows unregistered dialects; :func:`parse_program` reads it back, and printing that gives the
+same text.
 """
 
 from __future__ import annotations
 
 from io import StringIO
+from typing import TYPE_CHECKING
 
 from xdsl.context import Context
-from xdsl.dialects.arith import Arith
-from xdsl.dialects.builtin import Builtin, FileLineColLoc, IntAttr, LocationAttr, ModuleOp, StringAttr, UnknownLoc
-from xdsl.dialects.func import Func, FuncOp
-from xdsl.dialects.scf import Scf
+from xdsl.dialects.arith import Arith, ConstantOp
+from xdsl.dialects.builtin import (
+    Builtin,
+    DenseIntOrFPElementsAttr,
+    FileLineColLoc,
+    IntAttr,
+    LocationAttr,
+    ModuleOp,
+    StringAttr,
+    UnknownLoc,
+)
+from xdsl.dialects.func import Func, FuncOp, ReturnOp
+from xdsl.dialects.scf import IfOp, Scf, YieldOp
 from xdsl.parser import Parser
 from xdsl.printer import Printer
 from xdsl.utils.exceptions import DiagnosticException, ParseError, VerifyException
 
 from tilewright.errors import NpuProgramError
-from tilewright.npu.ir.dialect import Npu
+from tilewright.npu.ir.dialect import OPERATIONS, Npu
 from tilewright.npu.source import Span
+
+if TYPE_CHECKING:
+    from xdsl.ir import Operation
+
+_KINDS: tuple[type[Operation], ...] = (ModuleOp, FuncOp, ReturnOp, IfOp, YieldOp, ConstantOp, *OPERATIONS)
+"""All that a program consists of."""
 
 
 def context() -> Context:
@@ -53,6 +70,11 @@ def parse_program(text: str, name: str = "<program>") -> ModuleOp:
     except (ParseError, DiagnosticException, VerifyException) as error:
         raise NpuProgramError(f"{name}: {error}") from error
     verify_program(module, name)
+    for operation in module.walk():
+        if not isinstance(operation, _KINDS):
+            raise NpuProgramError(f"{name}: there is no operation {operation.name} in a program")
+        if isinstance(operation, ConstantOp) and not isinstance(operation.value, DenseIntOrFPElementsAttr):
+            raise NpuProgramError(f"{name}: a constant of type {operation.result.type}, expected a tensor")
     return module
 
 

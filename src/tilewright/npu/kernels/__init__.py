@@ -31,14 +31,23 @@ _TABLE_RANK = {"prefill": 1, "decode": 2}
 _HOST_LAYOUT = "1:2:3"  # keys, values and the cache stay as the host has them
 
 
-def _operator(body: JitFunction, name: str, rank: int) -> Operator:
-    constexprs = {"DIM_BLOCK_TABLE": rank}
-    return register(body, name=name, outputs={"output": "query"}, constexprs=constexprs, host_layout=_HOST_LAYOUT)
+def _operators(*, blocks_first: bool) -> dict[str, Operator]:
+    suffix = "_blocks_first" if blocks_first else ""
+    return {
+        f"{name}_{phase}": register(
+            body,
+            name=f"{name}_{phase}{suffix}",
+            outputs={"output": "query"},
+            constexprs={"DIM_BLOCK_TABLE": rank, "BLOCKS_FIRST": int(blocks_first)},
+            host_layout=_HOST_LAYOUT,
+        )
+        for name, body in _BODIES.items()
+        for phase, rank in _TABLE_RANK.items()
+    }
 
 
-OPERATORS: dict[str, Operator] = {
-    f"{name}_{phase}": _operator(body, f"{name}_{phase}", rank)
-    for name, body in _BODIES.items()
-    for phase, rank in _TABLE_RANK.items()
-}
-"""The operators by name."""
+OPERATORS: dict[str, Operator] = _operators(blocks_first=False)
+"""The operators by name; ``kv_cache`` is ``(2, blocks, ...)``."""
+
+BLOCKS_FIRST_OPERATORS: dict[str, Operator] = _operators(blocks_first=True)
+"""The same for ``kv_cache`` of ``(blocks, 2, ...)``, as later releases of vLLM-RBLN have it; ``..._blocks_first``."""

@@ -15,7 +15,8 @@ All tensors are contiguous:
     qk_scale        ()
     block_table     (1,) int32 for one sequence (prefill), (NUM_BATCH, 1) for several (decode)
 
-``DIM_BLOCK_TABLE`` is the rank of ``block_table``; ``dummy`` is not read.
+``DIM_BLOCK_TABLE`` is the rank of ``block_table``; where ``BLOCKS_FIRST``, the first two dimensions of ``kv_cache``
+change places; ``dummy`` is not read.
 """
 
 from tilewright.npu import jit, rblib
@@ -42,11 +43,13 @@ def attention(
     NUM_BLOCK: tl.constexpr,
     PARTITION_SIZE: tl.constexpr,
     DIM_BLOCK_TABLE: tl.constexpr,
+    BLOCKS_FIRST: tl.constexpr,
 ):
     """Masked attention of new queries."""
     ROW_AXIS: tl.constexpr = 4  # along which the rows of a cache block lie
     ROWS: tl.constexpr = QUERY_LEN * HEAD_DIM  # elements of one head's new rows
     PARTITION: tl.constexpr = PARTITION_SIZE * HEAD_DIM  # elements of one head's partition
+    HEADS: tl.constexpr = NUM_HEAD * PARTITION  # elements of one block's keys, or values
     MASK: tl.constexpr = QUERY_LEN * PARTITION_SIZE  # elements of one sequence's mask
 
     for batch in tl.static_range(NUM_BATCH):
@@ -127,17 +130,25 @@ def attention(
 
         key_cache_ptr = tl.make_block_ptr(
             base=kv_cache,
-            shape=(2, NUM_BLOCK, NUM_HEAD, 1, PARTITION_SIZE, HEAD_DIM),
-            strides=(NUM_BLOCK * NUM_HEAD * PARTITION, NUM_HEAD * PARTITION, PARTITION, PARTITION, HEAD_DIM, 1),
-            offsets=(0, block_number, 0, 0, 0, 0),
+            shape=(NUM_BLOCK, 2, NUM_HEAD, 1, PARTITION_SIZE, HEAD_DIM)
+            if BLOCKS_FIRST
+            else (2, NUM_BLOCK, NUM_HEAD, 1, PARTITION_SIZE, HEAD_DIM),
+            strides=(2 * HEADS, HEADS, PARTITION, PARTITION, HEAD_DIM, 1)
+            if BLOCKS_FIRST
+            else (NUM_BLOCK * HEADS, HEADS, PARTITION, PARTITION, HEAD_DIM, 1),
+            offsets=(block_number, 0, 0, 0, 0, 0) if BLOCKS_FIRST else (0, block_number, 0, 0, 0, 0),
             block_shape=(1, 1, NUM_HEAD, 1, PARTITION_SIZE, HEAD_DIM),
             order=(5, 4, 3, 2, 1, 0),
         )
         value_cache_ptr = tl.make_block_ptr(
             base=kv_cache,
-            shape=(2, NUM_BLOCK, NUM_HEAD, 1, PARTITION_SIZE, HEAD_DIM),
-            strides=(NUM_BLOCK * NUM_HEAD * PARTITION, NUM_HEAD * PARTITION, PARTITION, PARTITION, HEAD_DIM, 1),
-            offsets=(1, block_number, 0, 0, 0, 0),
+            shape=(NUM_BLOCK, 2, NUM_HEAD, 1, PARTITION_SIZE, HEAD_DIM)
+            if BLOCKS_FIRST
+            else (2, NUM_BLOCK, NUM_HEAD, 1, PARTITION_SIZE, HEAD_DIM),
+            strides=(2 * HEADS, HEADS, PARTITION, PARTITION, HEAD_DIM, 1)
+            if BLOCKS_FIRST
+            else (NUM_BLOCK * HEADS, HEADS, PARTITION, PARTITION, HEAD_DIM, 1),
+            offsets=(block_number, 1, 0, 0, 0, 0) if BLOCKS_FIRST else (1, block_number, 0, 0, 0, 0),
             block_shape=(1, 1, NUM_HEAD, 1, PARTITION_SIZE, HEAD_DIM),
             order=(5, 4, 3, 2, 1, 0),
         )

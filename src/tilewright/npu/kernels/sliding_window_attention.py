@@ -16,7 +16,8 @@ All tensors are contiguous:
     qk_scale        ()
     block_table     (1,) int32 for one sequence (prefill), (NUM_BATCH, 1) for several (decode)
 
-``DIM_BLOCK_TABLE`` is the rank of ``block_table``; ``dummy`` is not read.
+``DIM_BLOCK_TABLE`` is the rank of ``block_table``; where ``BLOCKS_FIRST``, the first two dimensions of ``kv_cache``
+change places; ``dummy`` is not read.
 """
 
 from tilewright.npu import jit, rblib
@@ -43,11 +44,13 @@ def sliding_window_attention(
     NUM_BLOCK: tl.constexpr,
     WINDOW_SIZE: tl.constexpr,
     DIM_BLOCK_TABLE: tl.constexpr,
+    BLOCKS_FIRST: tl.constexpr,
 ):
     """Attention of new queries to the window before each of them."""
     ROW_AXIS: tl.constexpr = 4  # along which the rows of a cache block lie
     ROWS: tl.constexpr = QUERY_LEN * HEAD_DIM  # elements of one head's new rows
     WINDOW: tl.constexpr = WINDOW_SIZE * HEAD_DIM  # elements of one head's window
+    HEADS: tl.constexpr = NUM_HEAD * WINDOW  # elements of one block's keys, or values
     PAD: tl.constexpr = -(WINDOW_SIZE + QUERY_LEN) % 64  # what the scores' last dimension lacks to a multiple of 64
     NUM_KEY: tl.constexpr = WINDOW_SIZE + QUERY_LEN + PAD
 
@@ -130,17 +133,25 @@ def sliding_window_attention(
 
         key_cache_ptr = tl.make_block_ptr(
             base=kv_cache,
-            shape=(2, NUM_BLOCK, NUM_HEAD, 1, WINDOW_SIZE, HEAD_DIM),
-            strides=(NUM_BLOCK * NUM_HEAD * WINDOW, NUM_HEAD * WINDOW, WINDOW, WINDOW, HEAD_DIM, 1),
-            offsets=(0, block_number, 0, 0, 0, 0),
+            shape=(NUM_BLOCK, 2, NUM_HEAD, 1, WINDOW_SIZE, HEAD_DIM)
+            if BLOCKS_FIRST
+            else (2, NUM_BLOCK, NUM_HEAD, 1, WINDOW_SIZE, HEAD_DIM),
+            strides=(2 * HEADS, HEADS, WINDOW, WINDOW, HEAD_DIM, 1)
+            if BLOCKS_FIRST
+            else (NUM_BLOCK * HEADS, HEADS, WINDOW, WINDOW, HEAD_DIM, 1),
+            offsets=(block_number, 0, 0, 0, 0, 0) if BLOCKS_FIRST else (0, block_number, 0, 0, 0, 0),
             block_shape=(1, 1, NUM_HEAD, 1, WINDOW_SIZE, HEAD_DIM),
             order=(5, 4, 3, 2, 1, 0),
         )
         value_cache_ptr = tl.make_block_ptr(
             base=kv_cache,
-            shape=(2, NUM_BLOCK, NUM_HEAD, 1, WINDOW_SIZE, HEAD_DIM),
-            strides=(NUM_BLOCK * NUM_HEAD * WINDOW, NUM_HEAD * WINDOW, WINDOW, WINDOW, HEAD_DIM, 1),
-            offsets=(1, block_number, 0, 0, 0, 0),
+            shape=(NUM_BLOCK, 2, NUM_HEAD, 1, WINDOW_SIZE, HEAD_DIM)
+            if BLOCKS_FIRST
+            else (2, NUM_BLOCK, NUM_HEAD, 1, WINDOW_SIZE, HEAD_DIM),
+            strides=(2 * HEADS, HEADS, WINDOW, WINDOW, HEAD_DIM, 1)
+            if BLOCKS_FIRST
+            else (NUM_BLOCK * HEADS, HEADS, WINDOW, WINDOW, HEAD_DIM, 1),
+            offsets=(block_number, 1, 0, 0, 0, 0) if BLOCKS_FIRST else (1, block_number, 0, 0, 0, 0),
             block_shape=(1, 1, NUM_HEAD, 1, WINDOW_SIZE, HEAD_DIM),
             order=(5, 4, 3, 2, 1, 0),
         )
