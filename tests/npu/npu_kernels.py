@@ -70,3 +70,19 @@ def append(row, cache, count, out, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     rows = rblib.insert(rblib.dynamic_load(cache_block, 0, place), tl.load(row_block), 0, place)
     rblib.dynamic_store(cache_block, rows, 0, place + 1)
     tl.store(out_block, rows)
+
+
+@jit
+def by_mode(
+    x, out, ROWS: tl.constexpr, COLUMNS: tl.constexpr, MODE: tl.constexpr, SHAPE: tl.constexpr, REST: tl.constexpr
+):
+    x_block = tl.make_block_ptr(
+        base=x, shape=SHAPE, strides=(COLUMNS, 1), offsets=(0, 0), block_shape=(ROWS, COLUMNS), order=(1, 0)
+    )
+    out_block = tl.make_block_ptr(
+        base=out, shape=SHAPE, strides=(COLUMNS, 1), offsets=(0, 0), block_shape=(ROWS, COLUMNS), order=(1, 0)
+    )
+    if MODE == "exp":
+        tl.store(out_block, tl.exp(tl.load(x_block)))
+    else:
+        tl.store(out_block, tl.load(x_block))

@@ -122,11 +122,51 @@ def rewritten(bundle, change):
         (lambda data: data["files"].pop(PROGRAM), "names no"),
         (lambda data: data["files"].update({"../x": "0"}), "names no files"),
         (lambda data: data["arguments"].reverse(), "other arguments"),
+        (lambda data: data["arguments"][0].update(shape=[9, 9]), "other arguments"),
+        (lambda data: data["arguments"][0].update(shape=["a"]), "other arguments"),
+        (lambda data: data["arguments"][0].update(dtype="int32"), "other arguments"),
+        (lambda data: data["arguments"][0].update(dtype="nonsense"), "other arguments"),
+        (lambda data: data["arguments"][0].update(role="inout"), "other arguments"),
+        (lambda data: data.update(kernel=None), "of kernel None"),
+        (lambda data: data.update(grid=[7]), "none of this program"),
+        (lambda data: data.update(outputs=[0]), "none of this program"),
+        (lambda data: data.update(profile="zz"), "none of this program"),
+        (lambda data: data.update(constexprs=3), "manifest"),
+        (lambda data: data["files"].update({"a\0b": "0"}), "names no files"),
     ],
 )
 def test_another_manifest_is_refused(bundle, change, message):
     with pytest.raises(NpuArtifactError, match=message):
         artifact.load(rewritten(bundle, change))
+
+
+@pytest.mark.parametrize("text", ["[]", "null", "{", "[" * 100000])
+def test_a_manifest_that_is_none(bundle, text):
+    (bundle / MANIFEST).write_text(text)
+    moved = bundle.rename(bundle.parent / artifact._hash((bundle / MANIFEST).read_bytes()))
+    with pytest.raises(NpuArtifactError):
+        artifact.load(moved)
+
+
+def test_bundles_need_a_folder(program, tmp_path):
+    (tmp_path / "file").write_text("")
+    for root in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(NpuArtifactError, match="be written"):
+            artifact.save(program, root)
+
+
+def test_every_kind_of_constexpr(tmp_path):
+    x = torch.empty(2, 64)
+    program = npu_kernels.by_mode.warmup(x, x, 2, 64, "exp", (2, 64), None, grid=1)
+    loaded = artifact.load(artifact.save(program, tmp_path))
+    assert loaded.manifest.constexprs == {"ROWS": 2, "COLUMNS": 64, "MODE": "exp", "SHAPE": (2, 64), "REST": None}
+    assert "MODE = 'exp'" in loaded.files["kernel_compile.py"]
+    result = torch.full((2, 64), torch.nan)
+    data = torch.randn(2, 64)
+    loaded.run(data, result, 2, 64, "exp", (2, 64), None)
+    assert torch.equal(result, data.exp())
+    with pytest.raises(ArgumentError, match="nothing or the constexprs"):
+        loaded.run(data, result, 2, 64, "log", (2, 64), None)
 
 
 def test_a_program_that_is_not_well_formed_is_refused(bundle):
@@ -175,7 +215,7 @@ def test_the_same_kernel_elsewhere_is_the_same_bundle(program, bundle, tmp_path)
 
 def test_running_checks_the_tensors(program):
     x, y, scale, out = arguments()
-    with pytest.raises(ArgumentError, match="got 2, expected 4"):
+    with pytest.raises(ArgumentError, match="got 2 arguments, expected x, y, scale, out"):
         program.run(x, y)
     with pytest.raises(ArgumentError, match=r"'y'.*\(2, 32\)"):
         program.run(x, y[:, :32], scale, out)
@@ -183,6 +223,10 @@ def test_running_checks_the_tensors(program):
         program.run(x.half(), y, scale, out)
     with pytest.raises(ArgumentError, match="contiguous"):
         program.run(torch.randn(64, 2).T, y, scale, out)
+    with pytest.raises(ArgumentError, match="'x': got a meta tensor"):
+        program.run(x.to("meta"), y, scale, out)
+    with pytest.raises(ArgumentError, match="'scale': got float"):
+        program.run(x, y, 2.0, out)
     program.run(x, y, scale, out, 2, 64)  # constexprs behind the tensors are allowed
     assert torch.equal(out, x + y * scale)
 

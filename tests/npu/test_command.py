@@ -57,6 +57,13 @@ def test_compile_prints_json(capsys, tmp_path):
     assert document["manifest"]["indices"] == [2]
 
 
+def test_text_is_a_constexpr_too(capsys, tmp_path):
+    given = ("f32[4,64]", "f32[4,64]", "4", "64", "MODE='exp'", "SHAPE=(4,64)", "REST=0")
+    status, out, _ = run(capsys, "compile", FILE, "--kernel", "by_mode", "--args", *given, "--output", str(tmp_path))
+    assert status == 0
+    assert artifact.load(out.splitlines()[-1]).manifest.constexprs["MODE"] == "exp"
+
+
 def test_compile_for_another_target(capsys, tmp_path):
     status, out, _ = run(
         capsys,
@@ -87,6 +94,10 @@ def test_compile_for_another_target(capsys, tmp_path):
         ((FILE, "--kernel", "matmul", "--args", "f32[2,5]", "f32[2,60,128]"), "a.shape"),
         ((FILE, "--kernel", "matmul", "--args", "f32[2,5,64]", "f32[2,64,128]", "f32[2,5,5]"), "it would be"),
         ((FILE, "--kernel", "matmul", "--args", "q32[2]"), "got dtype 'q32'"),
+        ((FILE, "--kernel", "matmul", "--args", "f32[1 2]"), "invalid literal"),
+        ((FILE, "--kernel", "matmul", "--args", "f32[99999999999999999999]"), "got 'f32"),
+        ((FILE, "--kernel", "matmul", "--args", "f32[2,5,64]", "f32[2,64,64]", "N=f32[2]"), "it is a tl.constexpr"),
+        ((FILE, "--kernel", "matmul", "--args", "f32[2,5,64]", "f32[2,64,64]", "--host-layout", "a:b"), "'1:2:3'"),
         ((FILE, "--kernel", "matmul", "--args", "nonsense"), "expected a tensor such as"),
         ((FILE, "--kernel", "matmul", "--args", "z=3"), "'z' is no parameter"),
         ((FILE, "--kernel", "matmul", "--args", "f32[1]", "a=f32[1]"), "'a' is given twice"),

@@ -17,9 +17,9 @@ from tilewright.npu.operator import define
 from tilewright.npu.shim import shim
 
 MADE = {
-    "add_up": define(device_kernels.add_scaled, name="add_up"),
+    "add_up": define(device_kernels.add_scaled, name="add_up", align=["x", "y"]),
     "product_and_peak": define(device_kernels.product_and_peak, constexprs={"SCALE": 0.5}, host_layout="1"),
-    "attend_rows": define(device_kernels.attend_rows, host_layout="1"),
+    "attend_rows": define(device_kernels.attend_rows, align=["rows"], host_layout="1"),
     "widened": define(device_kernels.with_width(2.5)),
     "doubtful": define(device_kernels.doubtful),
 }
@@ -197,9 +197,9 @@ def test_functions_stand_behind_those_that_they_use():
 
 def test_a_file_that_is_only_read_gives_the_same():
     live = device_kernels.attend_rows
-    operator = define(FileKernel(live.module.source.path, "attend_rows"), host_layout="1")
+    operator = define(FileKernel(live.module.source.path, "attend_rows"), align=["rows"], host_layout="1")
     assert device_module(operator) == device_module(MADE["attend_rows"])
-    operator = define(FileKernel(live.module.source.path, "add_scaled"), name="add_up")
+    operator = define(FileKernel(live.module.source.path, "add_scaled"), name="add_up", align=["x", "y"])
     assert device_module(operator) == device_module(MADE["add_up"])
 
 

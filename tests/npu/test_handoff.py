@@ -23,8 +23,8 @@ DOUBLE = Path(__file__).parent / "rebel_double" / "packages"
 FAILURES = json.loads((DOUBLE / "rebel" / "failures.json").read_text())
 SECONDS = 300.0
 
-ADD = define(device_kernels.add_scaled)
-ATTEND = define(device_kernels.attend_rows, host_layout="1")
+ADD = define(device_kernels.add_scaled, align=["x", "y"])
+ATTEND = define(device_kernels.attend_rows, align=["rows"], host_layout="1")
 DOUBTFUL = define(device_kernels.doubtful)
 PRODUCT = define(device_kernels.product_and_peak, constexprs={"SCALE": 0.5})
 REFUSED = define(device_kernels.refused)

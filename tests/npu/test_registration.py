@@ -31,7 +31,7 @@ def test_what_is_read_off_the_kernel():
     assert operator.schema == "(Tensor row, Tensor(a!) cache, Tensor count) -> Tensor"
     assert operator.constexprs == {"ROWS": "cache.shape[0]", "COLUMNS": "row.shape[1]"}
     assert operator.mutated == ("cache",)
-    assert operator.aligned == ("row",)
+    assert operator.aligned == ()
     assert register(npu_kernels.append, namespace=NAMESPACE, outputs={"out": "cache"}) is operator
 
 
@@ -58,6 +58,49 @@ def test_any_last_dimension_and_dtype(scaled_sum, columns, dtype):
 def test_strides_do_not_matter(scaled_sum):
     x, y = numbers(64, 3).T, numbers(3, 64)
     assert torch.equal(scaled_sum(x, y, torch.tensor(2.0)), x + y * 2)
+
+
+def test_padding_is_asked_for():
+    operator = register(npu_kernels.matmul, namespace=NAMESPACE, name="padded_matmul", align=["b"])
+    a, b = numbers(2, 5, 64), numbers(2, 64, 70)
+    result = operator(a, b)
+    assert result.shape == (2, 5, 70)
+    assert compare(result, a @ b, a.double() @ b.double()).ok
+    program = operator.program({"a": a, "b": b})
+    assert program.manifest.constexprs["N"] == 128
+    assert not program.diagnostics
+    warned = register(npu_kernels.matmul, namespace=NAMESPACE).program({"a": a, "b": b})
+    assert {each.code for each in warned.diagnostics} == {"LAST_DIM_64"}
+    with pytest.raises(ArgumentError, match="no input c"):
+        register(npu_kernels.matmul, namespace=NAMESPACE, name="other", align=["c"])
+
+
+def test_a_kernel_may_have_no_output():
+    register(increment, namespace=NAMESPACE)
+    op = getattr(torch.ops, NAMESPACE).increment
+    for dtype in (torch.float32, torch.bfloat16):
+        x = torch.zeros(2, 64, dtype=dtype)
+        assert op(x) is None
+        assert torch.equal(x, torch.ones_like(x))
+    torch.library.opcheck(op.default, (torch.zeros(2, 64),))
+
+
+def test_only_what_is_stored_of_a_cache_is_written(append):
+    # A cache of 16 bits is not copied: what others write meanwhile into other rows stays.
+    cache = numbers(6, 128, dtype=torch.bfloat16)[:, :64]  # of any strides
+    expected = cache.clone()
+    row = numbers(1, 64, dtype=torch.bfloat16)
+    expected[3] = row[0]
+    append(row, cache, torch.tensor([3], dtype=torch.int32))
+    assert torch.equal(cache, expected)
+
+
+def test_gradients_are_refused(scaled_sum):
+    x = numbers(3, 64).requires_grad_()
+    with pytest.raises(ArgumentError, match="have none"):
+        scaled_sum(x, x, torch.tensor(1.0))
+    with torch.no_grad():
+        assert torch.equal(scaled_sum(x, x, torch.tensor(1.0)), x + x)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -122,10 +165,17 @@ def test_rounding_to_the_devices_numbers():
 def test_bad_calls(scaled_sum, append):
     with pytest.raises(ArgumentError, match=r"x\.shape"):
         scaled_sum(numbers(64), numbers(64), torch.tensor(0.5))
-    with pytest.raises(NpuKernelError, match=r"npu_kernels\.py:\d+:\d+: .*STRIDE_MISMATCH.*'y'|OUT_OF_BOUNDS"):
+    with pytest.raises(NpuKernelError, match=r"npu_kernels\.py:\d+:\d+: error\[NPU-OUT_OF_BOUNDS\].*'y'"):
         scaled_sum(numbers(3, 64), numbers(2, 64), torch.tensor(0.5))
     with pytest.raises(DTypeError, match="'x'"):
         scaled_sum(torch.ones(3, 64, dtype=torch.int64), numbers(3, 64), torch.tensor(0.5))
+    with pytest.raises(DTypeError, match="float64"):
+        scaled_sum(numbers(3, 64).double(), numbers(3, 64), torch.tensor(0.5))
+    operator = register(npu_kernels.scaled_sum, namespace=NAMESPACE)
+    with pytest.raises(ArgumentError, match="'scale': got float"):
+        operator(numbers(3, 64), numbers(3, 64), 0.5)
+    with pytest.raises(ArgumentError, match="the operator takes x, y, scale"):
+        operator.program({"x": numbers(3, 64), "y": numbers(3, 64), "s": torch.tensor(0.5)})
     with pytest.raises(NpuKernelError, match="INDEX_DTYPE"):
         append(numbers(1, 64), numbers(4, 64), torch.tensor([1]))
     with pytest.raises(NpuRunError, match="STRADDLE"):
@@ -134,12 +184,20 @@ def test_bad_calls(scaled_sum, append):
         append(numbers(1, 64), numbers(4, 64), torch.tensor([-1], dtype=torch.int32))
 
 
-def test_a_failed_call_leaves_the_cache(append):
+def test_a_call_that_fails_before_it_stores_leaves_the_cache(append):
     cache = numbers(4, 64)
     before = cache.clone()
     with pytest.raises(NpuRunError):
         append(numbers(1, 64), cache, torch.tensor([7], dtype=torch.int32))
     assert torch.equal(cache, before)
+
+
+@jit
+def increment(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    x_block = tl.make_block_ptr(
+        base=x, shape=(ROWS, COLUMNS), strides=(COLUMNS, 1), offsets=(0, 0), block_shape=(ROWS, COLUMNS), order=(1, 0)
+    )
+    tl.store(x_block, tl.load(x_block) + 1.0)
 
 
 @jit
@@ -184,6 +242,20 @@ def test_bad_registrations():
     with pytest.raises(NpuKernelError, match="RAWPTR") as caught:
         register(faulty, namespace=NAMESPACE)
     assert {each.code for each in caught.value.diagnostics} == {"RAWPTR", "UNSUPPORTED_OP"}
+    for expression, message in (("y.shape[0]", "names y; there are x"), ("x.shape[", "is no expression")):
+        with pytest.raises(ArgumentError, match=message):
+            register(needs_more, namespace=NAMESPACE, constexprs={"STEP": expression})
+    for options, message in (
+        ({"name": "a b"}, "expected an identifier"),
+        ({"host_layout": "x:y"}, "positions such as"),
+        ({"host_layout": "9"}, "among the 3 arguments"),
+    ):
+        with pytest.raises(ArgumentError, match=message):
+            register(npu_kernels.scaled_sum, **{"namespace": NAMESPACE, "name": "unused", **options})
+    with pytest.raises(ArgumentError, match="expected an identifier"):
+        register(npu_kernels.scaled_sum, namespace="my namespace")
+    with pytest.raises(ArgumentError, match="under @jit"):
+        register(lambda x: x)
     operator = register(needs_more, namespace=NAMESPACE, constexprs={"STEP": "x.shape[1] // 2"})
     assert torch.equal(operator(numbers(2, 128)), numbers(2, 128).exp())
     with pytest.raises(ArgumentError, match="another kernel's already"):

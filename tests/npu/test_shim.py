@@ -131,6 +131,38 @@ def test_uninstalling_undoes_it(tmp_path):
     assert "rbln" not in torch._dynamo.list_backends(exclude_tags=())
 
 
+def test_a_shim_in_a_shim():
+    with shim.shim(), shim.shim(execute=False):
+        pass
+    with shim.shim():
+        with shim.shim(execute=False):
+            assert not shim._state.execute
+        assert shim._state.execute
+        import rebel.triton.language
+    with pytest.raises(ImportError):
+        import rebel.triton.language  # noqa: F401
+
+
+def test_everything_of_the_language_can_be_imported(installed):
+    names = {}
+    exec("from rebel.triton.language import *\nfrom rebel.triton.language.extra.rbln.libdevice import *", names)
+    assert names["dot"] is language.dot
+    assert names["insert"] is rblib.insert
+
+
+def test_another_back_end_of_that_name_is_left_alone():
+    def other(graph, inputs):
+        return graph.forward
+
+    torch._dynamo.register_backend(other, name="rbln")
+    try:
+        install_shim()
+        uninstall_shim()
+        assert "rbln" in torch._dynamo.list_backends(exclude_tags=())
+    finally:
+        shim._unregister_backend()
+
+
 def test_compiling_may_be_all_that_it_does(tmp_path):
     install_shim(execute=False)
     try:

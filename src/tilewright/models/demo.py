@@ -130,6 +130,8 @@ def run(
     scale = scale or (LARGE if facts(where).kind in (nvidia.KIND, amd.KIND) else SMALL)
     steps = scale.steps if steps is None else steps
     _check(scale, steps, seed, output)
+    if npu:
+        require("xdsl", "tilewright demo --npu", extra="npu")
     if not quiet:
         require("rich", "tilewright demo")
     trainings = _Trainings(scale, load_corpus(), seed)

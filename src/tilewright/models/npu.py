@@ -13,6 +13,7 @@ import torch
 from tilewright.errors import ArgumentError
 from tilewright.models.decoder import generate
 from tilewright.npu.kernels import OPERATORS
+from tilewright.npu.rounding import compute_dtype_of
 
 if TYPE_CHECKING:
     from tilewright.models.decoder import Decoder
@@ -54,12 +55,13 @@ class BlockCache:
         config = model.config
         self.kernels = kernels
         self.in_partitions = kernels.startswith("flash")
-        self.partition = (partition or config.context // 4) if self.in_partitions else config.context
-        if config.context % self.partition:
+        whole = config.context
+        self.partition = (whole // 4 if partition is None else partition) if self.in_partitions else whole
+        if self.partition < 1 or config.context % self.partition:
             message = f"got {self.partition}, which does not divide the context of {config.context}"
             raise ArgumentError("BlockCache", "partition", message)
         self.partitions = config.context // self.partition
-        self.compute_dtype = compute_dtype
+        self.compute_dtype = compute_dtype_of(compute_dtype)
         self.length = 0
         self.calls = 0
         self.scale = torch.tensor(config.head_dim**-0.5)

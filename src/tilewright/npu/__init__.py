@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from tilewright.optional import require
 
 if TYPE_CHECKING:
-    from tilewright.npu import language, triton
+    from tilewright.npu import kernels, language, triton
     from tilewright.npu.artifact import load, save
     from tilewright.npu.check import check_file, check_files
     from tilewright.npu.handoff import HandOffOptions, HandOffResult, hand_off
@@ -46,7 +46,7 @@ _HOME = {
     "uninstall_shim": "shim",
 }
 _WITHOUT_XDSL = {"kernel", "shim"}
-_MODULES = {"language": "language", "rblib": "language.rblib", "triton": "triton"}
+_MODULES = {"kernels": "kernels", "language": "language", "rblib": "language.rblib", "triton": "triton"}
 
 __all__ = [
     "HandOffOptions",
@@ -59,6 +59,7 @@ __all__ = [
     "hand_off",
     "install_shim",
     "jit",
+    "kernels",
     "language",
     "load",
     "rblib",
@@ -71,6 +72,8 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name in _MODULES:
+        if name == "kernels":
+            require("xdsl", "tilewright.npu.kernels", extra="npu")
         return import_module(f"{__name__}.{_MODULES[name]}")
     home = _HOME.get(name)
     if home is None:

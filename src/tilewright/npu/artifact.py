@@ -16,17 +16,24 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from xdsl.dialects.builtin import MemRefType
+
 from tilewright.errors import NpuArtifactError
-from tilewright.npu.ir.text import parse_program
+from tilewright.npu.front.builder import element_type
+from tilewright.npu.ir.dialect import element_of, shape_of
+from tilewright.npu.ir.text import kernel_of, parse_program
+from tilewright.npu.language import DTYPES
+from tilewright.npu.profiles import profiles
 from tilewright.npu.program import Manifest, Program
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from xdsl.ir import Attribute
 
 MANIFEST = "manifest.json"
 PROGRAM = "program.mlir"
@@ -50,14 +57,17 @@ def save(program: Program, root: str | Path) -> Path:
         "source_map": program.source_map,
         "files": {name: _hash(text.encode()) for name, text in sorted(files.items())},
     }
-    text = json.dumps(manifest, indent=1, sort_keys=True) + "\n"
+    text = json.dumps(manifest, indent=1) + "\n"
     root = Path(root)
     folder = root / _hash(text.encode())
     if folder.exists():
         load(folder)
         return folder
-    root.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name[:8]}.", suffix=".partial", dir=root))
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{folder.name[:8]}.", suffix=".partial", dir=root))
+    except OSError as error:
+        raise NpuArtifactError(f"{root}: no bundle can be written there: {error}") from error
     try:
         for name, content in {**files, MANIFEST: text}.items():
             (partial / name).write_bytes(content.encode())
@@ -89,23 +99,45 @@ def load(folder: str | Path) -> Program:
     if others:
         raise NpuArtifactError(f"{folder}: files that its manifest does not name: {', '.join(sorted(others))}")
     program = Program(parse_program(texts.pop(PROGRAM), str(folder / PROGRAM)), manifest, loaded_files=texts)
-    if [info.name for info in manifest.arguments] != program.argument_names:
-        raise NpuArtifactError(f"{folder}: manifest and program have other arguments")
+    _hold_against(folder, manifest, program)
     return program
+
+
+def _hold_against(folder: Path, manifest: Manifest, program: Program) -> None:
+    """Make sure that the manifest says of the program what is so."""
+    function = kernel_of(program.module)
+    attributes = function.arg_attrs.data if function.arg_attrs is not None else ()
+    values = function.body.block.args
+    found = [(each.name_hint, shape_of(each), element_of(each)) for each in values if isinstance(each.type, MemRefType)]
+    roles = [str(getattr(each.data.get("npu.role"), "data", "")) for each in attributes]
+    told = [(info.name, info.shape, _element(info.dtype)) for info in manifest.arguments]
+    if len(found) != len(values) or found != told or roles != [info.role for info in manifest.arguments]:
+        raise NpuArtifactError(f"{folder}: manifest and program have other arguments")
+    if function.sym_name.data != manifest.kernel:
+        raise NpuArtifactError(
+            f"{folder}: the manifest is of kernel {manifest.kernel!r}, the program of {function.sym_name.data!r}"
+        )
+    outputs = tuple(position for position, role in enumerate(roles) if role == "out")
+    if manifest.grid != (1,) or manifest.outputs != outputs or manifest.profile not in profiles():
+        raise NpuArtifactError(f"{folder}: grid, outputs or profile of the manifest are none of this program")
+
+
+def _element(name: str) -> Attribute | None:
+    return element_type(DTYPES[name]) if name in DTYPES else None
 
 
 def _manifest(folder: Path) -> tuple[Manifest, dict[str, Any]]:
     try:
         content = (folder / MANIFEST).read_bytes()
         data = json.loads(content)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise NpuArtifactError(f"{folder}: {MANIFEST} cannot be read: {error}") from error
     if _hash(content) != folder.resolve().name:
         raise NpuArtifactError(
             f"{folder}: the folder's name is not the hash of its {MANIFEST}; it was changed or renamed"
         )
-    files = data.get("files")
-    if not isinstance(files, dict) or any("/" in name or name in {"", ".", ".."} for name in files):
+    files = data.get("files") if isinstance(data, dict) else None
+    if not isinstance(files, dict) or not all(re.fullmatch(r"\w[\w.-]*", name) for name in files):
         raise NpuArtifactError(f"{folder}: {MANIFEST} names no files")
     rest = {key: value for key, value in data.items() if key not in {"files", "source_map"}}
     return Manifest.from_json(rest), {"files": files}
@@ -118,16 +150,11 @@ def _read(folder: Path, name: str, expected: str) -> str:
         raise NpuArtifactError(f"{folder}: {name} cannot be read: {error}") from error
     if _hash(content) != expected:
         raise NpuArtifactError(f"{folder}: {name} was changed: its hash is not the manifest's")
-    return content.decode()
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        raise NpuArtifactError(f"{folder}: {name} is no text: {error}") from error
 
 
 def _hash(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
-
-
-def describe(program: Program) -> Mapping[str, str]:
-    """A program's arguments for people: shape, dtype and role of each."""
-    return {
-        info.name: f"{info.dtype}[{', '.join(str(size) for size in info.shape)}] {info.role}, {info.layout}"
-        for info in program.manifest.arguments
-    }

@@ -123,6 +123,7 @@ def _add_compile(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="its arguments, as NAME=VALUE or in their order: tensors such as 'f32[1,64]', numbers. Outputs, and "
         "constexprs that are a dimension of a tensor, may be left out",
     )
+    parser.add_argument("--align", nargs="+", default=[], metavar="NAME", help="inputs to pad to a multiple of 64")
     parser.add_argument("--host-layout", default="", metavar="1:2:3", help="tensors that stay in the host's layout")
     parser.add_argument("--name", help="of the operator (default: the kernel's)")
     parser.add_argument("--output", default="npu-bundles", metavar="FOLDER", help="of bundles (default: npu-bundles)")
@@ -139,7 +140,12 @@ def _compile(arguments: argparse.Namespace) -> int:
     kernel = FileKernel(arguments.file, arguments.kernel)
     given = parse_arguments(kernel.arg_names, arguments.args)
     program = compile_operator(
-        kernel, given, name=arguments.name, host_layout=arguments.host_layout, profile=arguments.profile
+        kernel,
+        given,
+        name=arguments.name,
+        align=arguments.align,
+        host_layout=arguments.host_layout,
+        profile=arguments.profile,
     )
     folder = artifact.save(program, arguments.output)
     if arguments.json:
@@ -147,7 +153,7 @@ def _compile(arguments: argparse.Namespace) -> int:
         return 0
     for found in program.diagnostics:
         print(found)
-    for name, told in artifact.describe(program).items():
+    for name, told in program.describe().items():
         print(f"{name:16} {told}")
     print(folder)
     return 0

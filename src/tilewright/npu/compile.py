@@ -51,7 +51,7 @@ def compile_kernel(
     kernel: Kernel,
     arguments: dict[str, Any],
     *,
-    grid: Sequence[int] | Callable[..., Any] = (1,),
+    grid: int | Sequence[int] | Callable[..., Any] = (1,),
     host_layout: str | Sequence[int] | None = None,
     compute_dtype: str | None = None,
     profile: str = DEFAULT_PROFILE,
@@ -64,8 +64,9 @@ def compile_kernel(
     target = profile_of(profile)
     diagnostics = Diagnostics(target)
     source, node = kernel.module.source, kernel.node
-    if callable(grid) or tuple(grid) != (1,):
-        shown = "a function" if callable(grid) else tuple(grid)
+    sizes = () if callable(grid) else (grid,) if isinstance(grid, int) else tuple(grid)
+    if sizes != (1,):
+        shown = "a function" if callable(grid) else sizes
         diagnostics.report(
             "GRID", source, source.span(node), f"the grid is {shown}; the device runs one program", "grid=(1,)"
         )
@@ -83,7 +84,7 @@ def compile_kernel(
     passes.clean(module)
     function = kernel_of(module)
     names = [each.arg for each in parameters(node) if each.arg in tensors]
-    layout = _host_layout(kernel.name, host_layout, function, names)
+    layout = host_layout_of(kernel.name, host_layout, sum(role != "out" for role in _roles(function)))
     passes.target(module, target, layout, compute_dtype)
     verify_program(module, kernel.name)
     manifest = _manifest(
@@ -107,19 +108,22 @@ def _roles(function: FuncOp) -> list[str]:
     return [each.data["npu.role"].data for each in function.arg_attrs]  # type: ignore[attr-defined]
 
 
-def _host_layout(name: str, given: str | Sequence[int] | None, function: FuncOp, names: list[str]) -> tuple[int, ...]:
-    """Which arguments stay in the host's layout, by position among those without the outputs."""
-    if given is None or given == "":
+def host_layout_of(name: str, given: str | Sequence[int] | None, inputs: int) -> tuple[int, ...]:
+    """Which arguments stay in the host's layout, by position among the ``inputs`` arguments that are no outputs.
+
+    Raises:
+        ArgumentError: it is neither positions nor a text such as ``"1:2:3"``, or a position is out of range.
+    """
+    if given is None or (isinstance(given, str) and not given):
         return ()
-    if isinstance(given, str) and not re.fullmatch(r"\d+(:\d+)*", given):
+    positions = given.split(":") if isinstance(given, str) else list(given)
+    if not all(isinstance(each, int) or re.fullmatch(r"\d+", each) for each in positions):
         raise ArgumentError(name, "host_layout", f"got {given!r}, expected positions such as '1:2:3'")
-    positions = tuple(int(each) for each in (given.split(":") if isinstance(given, str) else given))
-    inputs = sum(role != "out" for role in _roles(function))
-    if any(not 0 <= each < inputs for each in positions):
-        raise ArgumentError(
-            name, "host_layout", f"got {given!r}, expected positions among the {inputs} arguments that are not outputs"
-        )
-    return positions
+    found = tuple(int(each) for each in positions)
+    if any(not 0 <= each < inputs for each in found):
+        message = f"got {given!r}, expected positions among the {inputs} arguments that are not outputs"
+        raise ArgumentError(name, "host_layout", message)
+    return found
 
 
 def _manifest(
@@ -152,7 +156,7 @@ def _manifest(
         source_file=Path(source.path).name,
         source_sha256=hashlib.sha256(source.text.encode()).hexdigest(),
         arguments=arguments,
-        constexprs={name: value for name, value in constexprs.items() if isinstance(value, int | float | str | bool)},
+        constexprs={name: _plain(value) for name, value in constexprs.items()},
         host_layout=layout,
         vector_inputs=sum(role in {"in", "inout"} for role in roles),
         indices=tuple(position for position, each in enumerate(inputs) if roles[each] == "index"),
@@ -163,6 +167,13 @@ def _manifest(
         diagnostics=tuple(str(_without_folder(each)) for each in diagnostics.all),
         versions=_versions(),
     )
+
+
+def _plain(value: Any) -> Any:
+    """A constexpr as JSON has it; what JSON has not is named."""
+    if isinstance(value, tuple | list):
+        return tuple(_plain(each) for each in value)
+    return value if value is None or isinstance(value, int | float | str) else str(value)
 
 
 def _without_folder(found: Diagnostic) -> Diagnostic:

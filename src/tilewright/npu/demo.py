@@ -143,7 +143,7 @@ def _compile(output: str | None, case: Case) -> Program:
     start = time.perf_counter()
     program = OPERATORS[_KERNEL].program(case.tensors())
     print(f"{program.name} in {time.perf_counter() - start:.2f} s")
-    for name, told in artifact.describe(program).items():
+    for name, told in program.describe().items():
         print(f"  {name:12} {told}")
     with TemporaryDirectory() as folder:
         bundle = artifact.save(program, output or folder)

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from xdsl.ir import Block, Operation, SSAValue
 
     from tilewright.npu.program import Program
+    from tilewright.npu.source import Span
 
 _UNARY: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     name: getattr(torch, name)
@@ -61,16 +62,26 @@ FUNCTIONS: dict[str, Callable[..., torch.Tensor]] = {**_UNARY, **_BINARY, "selec
 
 
 def execute(
-    program: Program, tensors: Sequence[torch.Tensor], *, compute_dtype: str = "float32", check: bool = True
+    program: Program,
+    tensors: Sequence[torch.Tensor],
+    *,
+    compute_dtype: str = "float32",
+    check: bool = True,
+    of_any_float: Sequence[str] = (),
 ) -> None:
-    """Run a program; outputs are written in place. See :meth:`Program.run`."""
-    _validate(program, tensors)
+    """Run a program; outputs are written in place. See :meth:`Program.run`.
+
+    Tensors named in ``of_any_float`` may have any floating point dtype and any strides: what is loaded of them becomes
+    float32, and what is stored is rounded to theirs.
+    """
+    _validate(program, tensors, of_any_float)
     function = kernel_of(program.module)
     run = _Run(program.name, rounding(compute_dtype), check)
     written = {}
     for argument, value, info in zip(function.body.block.args, tensors, program.manifest.arguments, strict=True):
         run.values[argument] = value
         run.names[argument] = info.name
+        run.columns[argument] = (info.seen_shape or info.shape or (1,))[-1]
         if info.is_output and check:
             written[info.name] = run.written[argument] = torch.zeros(value.shape, dtype=torch.bool, device=value.device)
     with torch.no_grad():
@@ -80,11 +91,16 @@ def execute(
         _check_outputs(program, tensors, written)
 
 
-def _validate(program: Program, tensors: Sequence[torch.Tensor]) -> None:
+def _validate(program: Program, tensors: Sequence[torch.Tensor], of_any_float: Sequence[str]) -> None:
     for info, tensor in zip(program.manifest.arguments, tensors, strict=True):
+        if not isinstance(tensor, torch.Tensor) or tensor.is_meta:
+            came = "a meta tensor" if isinstance(tensor, torch.Tensor) else type(tensor).__name__
+            raise ArgumentError(program.name, info.name, f"got {came}, expected a tensor with values")
         if tuple(tensor.shape) != info.shape:
             message = f"got shape {tuple(tensor.shape)}, expected {info.shape}: the program was compiled for that"
             raise ArgumentError(program.name, info.name, message)
+        if info.name in of_any_float and tensor.is_floating_point():
+            continue
         if dtype_of(tensor).name != info.dtype:
             raise DTypeError(program.name, info.name, f"got {dtype_of(tensor)}, expected {info.dtype}")
         if not tensor.is_contiguous():
@@ -100,15 +116,33 @@ def _check_outputs(program: Program, tensors: Sequence[torch.Tensor], written: d
         if missing:
             first = tuple(torch.nonzero(~places)[0].tolist())
             lost = f"{missing} of {places.numel()} elements are never written, the first one at {first}"
-            message = f"{program.name}: output '{name}': {lost}"
+            where = span_of(kernel_of(program.module).location)
+            message = f"{where}: error[NPU-UNWRITTEN_OUTPUT] {program.name}: output '{name}': {lost}"
             raise NpuRunError(message, "UNWRITTEN_OUTPUT")
-    sources = (given[info.name] for info in program.manifest.arguments if info.role in {"in", "scalar"})
+    counts = {name: int((~torch.isfinite(given[name])).sum()) for name in written}
+    if not any(counts.values()):
+        return
+    sources = (given[info.name] for info in program.manifest.arguments if info.role in {"in", "inout", "scalar"})
     if all(bool(torch.isfinite(each).all()) for each in sources if each.is_floating_point()):
-        for name in written:
-            count = int(torch.isnan(given[name]).sum())
+        for name, count in counts.items():
             if count:
-                found = f"{count} elements of output '{name}' are NaN, and no input is"
-                warnings.warn(f"{program.name}: warning[NPU-NAN_OUTPUT] {found}", RuntimeWarning, stacklevel=4)
+                found = f"{count} elements of output '{name}' are NaN or infinite, and no input is"
+                message = f"{_last_store(program, name)}: warning[NPU-NAN_OUTPUT] {program.name}: {found}"
+                warnings.warn(message, RuntimeWarning, stacklevel=4)
+
+
+def _last_store(program: Program, name: str) -> Span:
+    """Where a program writes an output last."""
+    function = kernel_of(program.module)
+    position = [info.name for info in program.manifest.arguments].index(name)
+    stores = [
+        op
+        for op in function.walk()
+        if isinstance(op, npu.StoreOp | npu.DynStoreOp)
+        and isinstance(op.block.owner, npu.BlockOp)
+        and op.block.owner.base is function.body.block.args[position]
+    ]
+    return span_of(stores[-1].location)
 
 
 @dataclass
@@ -129,8 +163,10 @@ class _Run:
         self.check = check
         self.values: dict[SSAValue, Any] = {}
         self.names: dict[SSAValue, str] = {}
+        self.columns: dict[SSAValue, int] = {}  # of the last dimension, padding included
         self.written: dict[SSAValue, torch.Tensor] = {}
-        self.homeless: dict[SSAValue, Operation | None] = {}
+        self.homeless: dict[Any, Operation | None] = {}
+        self.origins: dict[SSAValue, Any] = {}
 
     def block(self, block: Block) -> list[Any]:
         """Run the operations of a block; the values that it ends with."""
@@ -162,7 +198,7 @@ class _Run:
         for axis, (static, size) in enumerate(zip(op.sizes("static_offsets"), shape_of(op.result), strict=True)):
             offset = self.values[next(dynamic)] if static == DYNAMIC else static
             whole = base.shape[axis]
-            inside = whole if axis < base.dim() - 1 else -(-whole // npu.PADDING) * npu.PADDING
+            inside = self.columns[op.base] if axis == base.dim() - 1 else whole
             if not 0 <= offset <= inside - size:
                 what = f"block {offset}" if static == DYNAMIC else f"rows {offset} to {offset + size}"
                 self.fail(
@@ -238,11 +274,25 @@ class _Run:
             message = f"{rows} rows from {start} on do not fit into a partition of {size}: {rows - fit} would be lost"
             self.fail(op, "STRADDLE", message)
         # A full partition takes none; another one has to.
-        self.homeless[op.updates] = None if fit else self.homeless.get(op.updates, op)
+        rows_of = self.origin(op.updates)
+        self.homeless[rows_of] = None if fit else self.homeless.get(rows_of, op)
         rows = fit
         result: torch.Tensor = data.clone()
         result.narrow(axis, start, rows).copy_(updates.narrow(axis, 0, rows))
         return result
+
+    def origin(self, value: SSAValue) -> Any:
+        """What a value is made of: the same for rows that are loaded for each partition anew."""
+        if value not in self.origins:
+            op = value.owner
+            found: Any = value
+            if isinstance(op, npu.LoadOp):
+                view = self.values[op.block]
+                found = (view.base, *((each.start, each.stop) for each in view.slices))
+            elif isinstance(op, npu.NpuOperation):
+                found = (op.name, *op.properties.items(), *(self.origin(each) for each in op.operands))
+            self.origins[value] = found
+        return self.origins[value]
 
     def check_inserted(self) -> None:
         """Stop if rows were inserted into no partition at all."""

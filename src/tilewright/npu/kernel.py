@@ -5,13 +5,16 @@ from __future__ import annotations
 import ast
 import functools
 import inspect
+import os
 from functools import cached_property
+from types import CodeType
 from typing import TYPE_CHECKING, Any, NoReturn, overload
 
 from tilewright.errors import ArgumentError, NpuLanguageError
 from tilewright.npu.language.core import constexpr
 from tilewright.npu.module import KernelModule
 from tilewright.npu.source import SourceFile
+from tilewright.optional import require
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -77,6 +80,7 @@ class JitFunction(Kernel):
     def __init__(self, fn: Callable[..., Any]) -> None:
         self.fn = fn
         self.name = fn.__name__
+        self._loaded = _state(fn.__code__.co_filename)
         functools.update_wrapper(self, fn)
 
     @cached_property
@@ -89,9 +93,13 @@ class JitFunction(Kernel):
         path = self.fn.__code__.co_filename
         try:
             source = SourceFile.read(path)
-        except OSError as error:
-            raise NpuLanguageError(f"kernel '{self.name}': its source is needed, and {path} cannot be read") from error
-        return KernelModule(source, source.parse())
+            return KernelModule(source, source.parse())
+        except (OSError, UnicodeDecodeError) as error:
+            message = f"kernel '{self.name}': its source is needed, and {path} cannot be read"
+            raise NpuLanguageError(f"{message}; kernels stand in files") from error
+        except SyntaxError as error:
+            message = f"{path} has changed since it was loaded: line {error.lineno} is no Python any more"
+            raise NpuLanguageError(f"{message}; load it again") from error
 
     @cached_property
     def node(self) -> ast.FunctionDef:  # type: ignore[override]
@@ -101,12 +109,15 @@ class JitFunction(Kernel):
             NpuLanguageError: the file has changed since it was loaded.
         """
         first = self.fn.__code__.co_firstlineno
+        source = self.module.source
+        changed = self._loaded != _state(source.path) and not _has_code(source, self.fn.__code__)
         for node in ast.walk(self.module.tree):
-            if isinstance(node, ast.FunctionDef) and node.name == self.name:
+            if isinstance(node, ast.FunctionDef) and node.name == self.name and not changed:
                 lines = {node.lineno, *(each.lineno for each in node.decorator_list)}
                 if first in lines:
                     return node
-        raise NpuLanguageError(f"kernel '{self.name}' is not at line {first} of {self.module.source.path} any more")
+        message = f"{source.path} has changed since it was loaded: kernel '{self.name}' at line {first} is another one"
+        raise NpuLanguageError(f"{message}; load it again")
 
     @cached_property
     def scope(self) -> Scope:  # type: ignore[override]
@@ -118,7 +129,7 @@ class JitFunction(Kernel):
     def warmup(
         self,
         *args: Any,
-        grid: Sequence[int] | Callable[..., Any] = (1,),
+        grid: int | Sequence[int] | Callable[..., Any] = (1,),
         host_layout: str | Sequence[int] | None = None,
         compute_dtype: str | None = None,
         profile: str | None = None,
@@ -143,6 +154,7 @@ class JitFunction(Kernel):
             NpuKernelError: the kernel breaks rules of the profile; all of them are in the message.
             ArgumentError: an argument is missing, or is nothing that a kernel can take.
         """
+        require("xdsl", f"compiling kernel '{self.name}'", extra="npu")
         from tilewright.npu import shim
         from tilewright.npu.compile import compile_kernel
 
@@ -179,6 +191,27 @@ class JitFunction(Kernel):
 
     def __repr__(self) -> str:
         return f"<kernel {self.name} of {self.fn.__module__}>"
+
+
+def _state(path: str) -> tuple[int, int] | None:
+    """What tells whether a file was written since; None if there is none."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_mtime_ns, found.st_size
+
+
+def _has_code(source: SourceFile, code: CodeType) -> bool:
+    """Whether a file still has the function that was loaded."""
+    waiting = [compile(source.text, source.path, "exec", dont_inherit=True)]
+    while waiting:
+        for each in waiting.pop().co_consts:
+            if isinstance(each, CodeType):
+                waiting.append(each)
+                if each.co_firstlineno == code.co_firstlineno and each == code:
+                    return True
+    return False
 
 
 @overload

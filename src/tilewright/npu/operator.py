@@ -7,6 +7,8 @@ a result; it loads and stores ``kv_cache``, so that is changed in place. What ca
 
 from __future__ import annotations
 
+import ast
+import math
 import re
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -14,9 +16,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from tilewright.errors import ArgumentError, DTypeError
-from tilewright.npu.compile import compile_kernel
+from tilewright.npu.compile import compile_kernel, host_layout_of
 from tilewright.npu.diagnostics import Diagnostics
+from tilewright.npu.executor import execute
 from tilewright.npu.front import constexpr_names, interface
+from tilewright.npu.kernel import Kernel
 from tilewright.npu.language.rblib import align_tensor_last_dim_to_64
 from tilewright.npu.profiles import DEFAULT_PROFILE
 from tilewright.npu.profiles import profile as profile_of
@@ -26,11 +30,11 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from tilewright.npu.front import Parameter
-    from tilewright.npu.kernel import Kernel
     from tilewright.npu.program import Program
     from tilewright.npu.symbols import Size
 
 _DATA = {"in", "inout", "out"}
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -43,8 +47,7 @@ class Operator:
         tensors: the kernel's tensors in their order, outputs among them.
         outputs: which input each output has the dtype of, and the shape where ``output_shapes`` says nothing.
         constexprs: how each constexpr is computed, as Python over the operator's tensors: ``query.shape[1]``.
-        aligned: tensors whose last dimension is padded to a multiple of 64 before the kernel sees them, where the
-            profile wants that.
+        aligned: tensors whose last dimension is padded with zeros to a multiple of 64 before the kernel sees them.
         host_layout: which tensors stay in the host's layout, by position among those that are no outputs.
         profile: the compiler's release.
         output_shapes: the sizes of an output that no input has the shape of, as Python over the operator's tensors.
@@ -84,6 +87,7 @@ class Operator:
     def fake(self, *args: torch.Tensor) -> Any:
         """Results of the right shapes and dtypes, with no values."""
         given = dict(zip(self.inputs, args, strict=True))
+        self._refuse_gradients(args)
         return _results([self._empty(name, given) for name in self.outputs])
 
     def __call__(self, *args: torch.Tensor, compute_dtype: str = "float32") -> Any:
@@ -94,23 +98,29 @@ class Operator:
             compute_dtype: what each operation's result is rounded to.
 
         Returns:
-            The outputs, in the dtype of the tensors that they are like.
+            The outputs, in the dtype of the tensors that they are like; None if there are none.
 
         Raises:
-            ArgumentError: shapes do not fit the kernel.
-            NpuRunError: a block number is out of range, or rows do not fit into their partition.
+            ArgumentError: shapes do not fit the kernel, or a gradient is asked for.
+            DTypeError: a tensor has another dtype.
+            NpuRunError: a block number is out of range, or rows do not fit into their partition. What the kernel stored
+                before, for sequences that come first, is stored.
         """
         if len(args) != len(self.inputs):
             raise ArgumentError(self.name, "args", f"got {len(args)} tensors, expected {', '.join(self.inputs)}")
+        self._refuse_gradients(args)
         given = dict(zip(self.inputs, args, strict=True))
         program = self.program(given)
         carried, outputs = self.carriers(given)
-        values = {**carried, **outputs}
-        program.run(*(values[each.name] for each in self.tensors), compute_dtype=compute_dtype)
-        for name in self.mutated:
-            if carried[name] is not given[name]:
-                given[name].copy_(carried[name])
+        values = {**carried, **outputs} | {name: given[name] for name in self.mutated}
+        tensors = [values[each.name] for each in self.tensors]
+        execute(program, tensors, compute_dtype=compute_dtype, of_any_float=self.mutated)
         return _results([outputs[name].to(given[like].dtype) for name, like in self.outputs.items()])
+
+    def _refuse_gradients(self, args: Sequence[Any]) -> None:
+        if torch.is_grad_enabled() and any(getattr(each, "requires_grad", False) for each in args):
+            message = "a tensor requires a gradient, and kernels for NPUs have none; use torch.no_grad() or detach()"
+            raise ArgumentError(self.name, "args", message)
 
     def carriers(self, given: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
         """What the kernel is called with: data as float32, aligned, contiguous; and outputs, which are not aligned."""
@@ -119,10 +129,15 @@ class Operator:
             if each.name not in given:
                 continue
             tensor = given[each.name]
-            if each.role in _DATA or each.role in {"scalar", "unused"}:
-                if not tensor.is_floating_point() and each.role != "unused":
-                    raise DTypeError(self.name, each.name, f"got {tensor.dtype}, expected floating point")
-                tensor = tensor.to(torch.float32) if tensor.is_floating_point() else tensor
+            if not isinstance(tensor, torch.Tensor):
+                raise ArgumentError(self.name, each.name, f"got {type(tensor).__name__}, expected a tensor")
+            if each.role in _DATA or each.role == "scalar":
+                if tensor.dtype not in _FLOATS:
+                    expected = ", ".join(str(dtype).removeprefix("torch.") for dtype in _FLOATS)
+                    raise DTypeError(self.name, each.name, f"got {tensor.dtype}, expected one of {expected}")
+                tensor = tensor.to(torch.float32)
+            elif each.role == "unused" and tensor.is_floating_point():
+                tensor = tensor.to(torch.float32)
             carried[each.name] = tensor.contiguous()
         outputs = {name: self._empty(name, carried) for name in self.outputs}
         for name in self.aligned:
@@ -161,6 +176,13 @@ class Operator:
             NpuKernelError: with these sizes the kernel breaks rules of the profile.
             ArgumentError: shapes do not fit the kernel.
         """
+        if set(given) != set(self.inputs):
+            wrong = ", ".join(sorted(set(given) ^ set(self.inputs)))
+            raise ArgumentError(self.name, wrong, f"the operator takes {', '.join(self.inputs)}")
+        given = {name: given[name] for name in self.inputs}
+        for name, each in given.items():
+            if not isinstance(each, torch.Tensor):
+                raise ArgumentError(self.name, name, f"got {type(each).__name__}, expected a tensor")
         key = tuple((tuple(each.shape), each.dtype) for each in given.values())
         if key not in self._programs:
             given = {name: torch.empty_like(each, device="meta") for name, each in given.items()}
@@ -176,7 +198,12 @@ class Operator:
 
 def _compute(expression: str, tensors: Mapping[str, torch.Tensor]) -> Any:
     """The value of an expression over tensors that a kernel's author, or this module, wrote."""
-    return eval(expression, {"__builtins__": {}}, dict(tensors))
+    return eval(expression, {"__builtins__": {}, "float": float}, dict(tensors))
+
+
+def _literal(value: Any) -> str:
+    """A constexpr's value as Python."""
+    return f"float('{value}')" if isinstance(value, float) and not math.isfinite(value) else repr(value)
 
 
 def define(
@@ -185,36 +212,47 @@ def define(
     name: str | None = None,
     outputs: Mapping[str, str] | None = None,
     constexprs: Mapping[str, str | int] | None = None,
+    values: Mapping[str, Any] | None = None,
+    align: Sequence[str] = (),
     host_layout: str | Sequence[int] = (),
     profile: str = DEFAULT_PROFILE,
 ) -> Operator:
-    """What stands between a kernel and PyTorch, read off the kernel. See :func:`tilewright.npu.register`."""
+    """What stands between a kernel and PyTorch, read off the kernel. See :func:`tilewright.npu.register`.
+
+    ``values`` are constexprs too, none of them an expression.
+    """
+    if not isinstance(kernel, Kernel):
+        raise ArgumentError("register", "kernel", f"got {kernel!r}, expected a function under @jit")
     diagnostics = Diagnostics(profile_of(profile))
-    known = {key: each for key, each in (constexprs or {}).items() if not isinstance(each, str)}
+    known = {key: each for key, each in (constexprs or {}).items() if not isinstance(each, str)} | dict(values or {})
     tensors = tuple(interface(kernel.node, kernel.scope, diagnostics, known))
     name = name or kernel.name
     diagnostics.raise_errors(f"kernel '{kernel.name}' under profile '{profile}'")
     outputs = _outputs(name, tensors, outputs)
     read = _read_off(tensors)
-    given = {key: each if isinstance(each, str) else repr(each) for key, each in (constexprs or {}).items()}
+    given = {key: each for key, each in (constexprs or {}).items() if isinstance(each, str)}
+    given |= {key: _literal(each) for key, each in known.items()}
     wanted = [each for each in kernel.arg_names if each in constexpr_names(kernel.node)]
     if unknown := set(given) - set(wanted):
         raise ArgumentError(name, "constexprs", f"the kernel has no {', '.join(sorted(unknown))}")
     if missing := [each for each in wanted if each not in given and each not in read]:
         message = f"no tensor's shape tells {', '.join(missing)}; give how to compute it, as 'query.shape[1]'"
         raise ArgumentError(name, "constexprs", message)
+    inputs = [each.name for each in tensors if each.name not in outputs]
+    for each, expression in given.items():
+        _check_expression(name, each, expression, inputs)
+    if unknown := set(align) - set(inputs):
+        raise ArgumentError(name, "align", f"the kernel has no input {', '.join(sorted(unknown))}")
     computed = {each: given.get(each) or read[each] for each in wanted}
-    layout = (
-        tuple(int(each) for each in host_layout.split(":") if each) if isinstance(host_layout, str) else host_layout
-    )
+    layout = host_layout_of(name, host_layout, len(inputs))
     return Operator(
         kernel=kernel,
         name=name,
         tensors=tensors,
         outputs=dict(outputs),
         constexprs=computed,
-        aligned=_aligned(tensors, outputs) if profile_of(profile).last_dim_multiple > 1 else (),
-        host_layout=tuple(layout),
+        aligned=tuple(each for each in inputs if each in align),
+        host_layout=layout,
         profile=profile,
         output_shapes=_output_shapes(name, tensors, outputs, computed),
     )
@@ -225,6 +263,7 @@ def compile_operator(
     given: Mapping[str, Any],
     *,
     name: str | None = None,
+    align: Sequence[str] = (),
     host_layout: str | Sequence[int] = (),
     profile: str = DEFAULT_PROFILE,
 ) -> Program:
@@ -234,6 +273,7 @@ def compile_operator(
         kernel: the kernel.
         given: its arguments by name. Outputs, and constexprs that are a dimension of a tensor, may be left out.
         name: the operator's.
+        align: tensors whose last dimension is padded to a multiple of 64.
         host_layout: which tensors stay in the host's layout.
         profile: the compiler's release.
 
@@ -242,8 +282,10 @@ def compile_operator(
         NpuKernelError: the kernel breaks rules of the profile.
     """
     tensors = {key: each for key, each in given.items() if isinstance(each, torch.Tensor)}
-    constexprs = {key: each for key, each in given.items() if key not in tensors}
-    operator = define(kernel, name=name, constexprs=constexprs, host_layout=host_layout, profile=profile)
+    values = {key: each for key, each in given.items() if key not in tensors}
+    for each in sorted(tensors.keys() & constexpr_names(kernel.node)):
+        raise ArgumentError(name or kernel.name, each, "got a tensor, expected a number: it is a tl.constexpr")
+    operator = define(kernel, name=name, values=values, align=align, host_layout=host_layout, profile=profile)
     if missing := [each for each in operator.inputs if each not in tensors]:
         raise ArgumentError(operator.name, missing[0], f"is missing; the operator takes {', '.join(operator.inputs)}")
     program = operator.program({each: tensors[each] for each in operator.inputs})
@@ -320,11 +362,19 @@ def _symbol(size: Size) -> str:
     return text if isinstance(size, Symbolic) and text.isidentifier() else ""
 
 
-def _aligned(tensors: Sequence[Parameter], outputs: Mapping[str, str]) -> tuple[str, ...]:
-    """Inputs that share their last dimension with an output: padded together, they give what is padded there."""
-    lasts = {each.shape[-1] for each in tensors if each.name in outputs and each.shape}
-    return tuple(each.name for each in tensors if each.role == "in" and each.shape and each.shape[-1] in lasts)
+def _check_expression(name: str, constexpr: str, expression: str, inputs: Sequence[str]) -> None:
+    """Make sure that an expression is Python over the operator's tensors."""
+    try:
+        tree = ast.parse(expression, mode="eval")
+    except SyntaxError as error:
+        raise ArgumentError(name, constexpr, f"{expression!r} is no expression: {error.msg}") from error
+    names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)} - {"float"}
+    if unknown := names - set(inputs):
+        message = f"{expression!r} names {', '.join(sorted(unknown))}; there are {', '.join(inputs)}"
+        raise ArgumentError(name, constexpr, message)
 
 
 def _results(tensors: list[torch.Tensor]) -> Any:
+    if not tensors:
+        return None
     return tensors[0] if len(tensors) == 1 else tuple(tensors)

@@ -98,16 +98,18 @@ class Manifest:
         Raises:
             NpuArtifactError: something is missing, or it is of another version.
         """
-        if data.get("format") != FORMAT:
-            raise NpuArtifactError(f"manifest: format {data.get('format')!r}, expected {FORMAT}")
+        if not isinstance(data, dict) or data.get("format") != FORMAT:
+            came = repr(data.get("format")) if isinstance(data, dict) else "none"
+            raise NpuArtifactError(f"manifest: format {came}, expected {FORMAT}")
         try:
             arguments = tuple(
                 ArgumentInfo(**{**each, "shape": tuple(each["shape"]), "seen_shape": _tuple(each.get("seen_shape"))})
                 for each in data["arguments"]
             )
+            data = {**data, "constexprs": {key: _frozen(each) for key, each in data["constexprs"].items()}}
             lists = {key: tuple(data[key]) for key in ("host_layout", "indices", "outputs", "grid", "diagnostics")}
             return cls(**{**data, **lists, "arguments": arguments})
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise NpuArtifactError(f"manifest: {error!r}") from error
 
 
@@ -137,6 +139,13 @@ class Program:
     def name(self) -> str:
         """The kernel's name."""
         return self.manifest.kernel
+
+    def describe(self) -> dict[str, str]:
+        """Its tensors for people: dtype, shape, role and layout of each."""
+        return {
+            info.name: f"{info.dtype}[{', '.join(str(size) for size in info.shape)}] {info.role}, {info.layout}"
+            for info in self.manifest.arguments
+        }
 
     @cached_property
     def text(self) -> str:
@@ -193,9 +202,17 @@ class Program:
         from tilewright.npu.executor import execute
 
         expected = len(self.manifest.arguments)
-        if len(tensors) < expected:
-            raise ArgumentError(self.name, "tensors", f"got {len(tensors)}, expected {expected}")
+        rest = tuple(tensors[expected:])
+        if len(tensors) < expected or (rest and rest != tuple(self.manifest.constexprs.values())):
+            names = ", ".join(info.name for info in self.manifest.arguments)
+            message = f"got {len(tensors)} arguments, expected {names}, and behind them nothing or the constexprs"
+            raise ArgumentError(self.name, "tensors", message)
         execute(self, tensors[:expected], compute_dtype=compute_dtype, check=check)
+
+
+def _frozen(value: Any) -> Any:
+    """A constexpr as it was: JSON has lists for tuples."""
+    return tuple(_frozen(each) for each in value) if isinstance(value, list) else value
 
 
 def _tuple(values: Any) -> tuple[int, ...] | None:

@@ -28,6 +28,7 @@ def register(
     name: str | None = None,
     namespace: str = DEFAULT_NAMESPACE,
     constexprs: Mapping[str, str | int] | None = None,
+    align: Sequence[str] = (),
     host_layout: str | Sequence[int] = (),
     profile: str = DEFAULT_PROFILE,
 ) -> Operator:
@@ -36,7 +37,7 @@ def register(
     The operator takes the kernel's tensors in their order, without the outputs, which it allocates and returns. What
     the kernel loads and stores (a cache) is changed in place, and the operator's schema says so, so that
     ``torch.compile`` may reorder nothing across it. Data may have 16 bits: the kernel sees float32, and what it changed
-    is written back. Inputs that share their last dimension with an output are padded to a multiple of 64.
+    is stored in the tensor's own dtype. There are no gradients: a tensor that requires one is refused.
 
     Args:
         kernel: the kernel.
@@ -46,6 +47,9 @@ def register(
         namespace: where it is registered.
         constexprs: how constexprs are computed that no tensor's shape tells, as Python over the operator's tensors:
             ``{"WINDOW": "kv_cache.shape[4]"}``, or their values.
+        align: inputs whose last dimension is padded with zeros to a multiple of 64 before the kernel sees them, as the
+            device wants it; outputs keep theirs. The kernel must give the same with zeros there: it may multiply
+            matrices over that dimension, and not reduce it.
         host_layout: which tensors stay in the host's layout, by position among the operator's arguments: ``"1:2:3"``.
         profile: the compiler's release.
 
@@ -63,8 +67,17 @@ def register(
         '(Tensor query, Tensor key, Tensor value, Tensor(a!) kv_cache, Tensor qk_scale, ... dummy) -> Tensor'
     """
     operator = define(
-        kernel, name=name, outputs=outputs, constexprs=constexprs, host_layout=host_layout, profile=profile
+        kernel,
+        name=name,
+        outputs=outputs,
+        constexprs=constexprs,
+        align=align,
+        host_layout=host_layout,
+        profile=profile,
     )
+    for argument, text in (("name", operator.name), ("namespace", namespace)):
+        if not text.isidentifier():
+            raise ArgumentError("register", argument, f"got {text!r}, expected an identifier")
     key = (namespace, operator.name)
     if key in _registered:
         if _registered[key] == operator:

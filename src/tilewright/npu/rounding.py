@@ -35,6 +35,7 @@ def dlfloat16(x: torch.Tensor) -> torch.Tensor:
     Returns:
         Float32 numbers that dlfloat16 has; infinities and NaN as they were.
     """
+    x = x.to(torch.float32)
     bits = x.contiguous().view(torch.int32)
     rounded = bits.bitwise_right_shift(_DROPPED).bitwise_and_(1)  # ties go to the even neighbour
     rounded.add_(bits).add_((1 << (_DROPPED - 1)) - 1).bitwise_and_(-(1 << _DROPPED))

@@ -47,7 +47,8 @@ def broadcast_to(a: Shape, shape: Shape) -> Shape:
         raise ShapeError(f"{text(a)} has more dimensions than {text(shape)}")
     for x, y in zip(reversed(a), reversed(shape), strict=False):
         if not equal(x, 1) and equal(x, y) is False:
-            raise ShapeError(f"{text(a)} cannot be repeated to {text(shape)}: {x} is neither 1 nor {y}")
+            wanted = "1" if y == 1 else f"1 or {y}"
+            raise ShapeError(f"{text(a)} cannot be repeated to {text(shape)}: {x} is not {wanted}")
     return shape
 
 

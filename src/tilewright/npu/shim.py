@@ -46,8 +46,8 @@ def install_shim(*, execute: bool = True) -> None:
         message = "install_shim: the real rebel is installed; its own modules compile kernels for the device"
         raise ImplementationError(message)
     if _finder not in sys.meta_path:
+        _state.backend = _register_backend()
         sys.meta_path.append(_finder)
-        _register_backend()
     _state.execute = execute
 
 
@@ -58,18 +58,23 @@ def uninstall_shim() -> None:
     sys.meta_path.remove(_finder)
     for name in [name for name, module in sys.modules.items() if name in _finder.modules() and is_shim(module)]:
         del sys.modules[name]
-    _unregister_backend()
-    _state.execute = False
+    if _state.backend:
+        _unregister_backend()
+    _state.execute = _state.backend = False
 
 
 @contextmanager
 def shim(*, execute: bool = True) -> Iterator[None]:
-    """:func:`install_shim` for a while."""
+    """:func:`install_shim` for a while; then it is as it was before."""
+    before = _state.execute if _finder in sys.meta_path else None
     install_shim(execute=execute)
     try:
         yield
     finally:
-        uninstall_shim()
+        if before is None:
+            uninstall_shim()
+        else:
+            _state.execute = before
 
 
 def real_rebel() -> bool:
@@ -102,6 +107,7 @@ def warmed_up(program: Program, arguments: dict[str, Any]) -> None:
 
 class _State:
     execute = False
+    backend = False  # whether torch's back end "rbln" is the one of the shim
 
 
 _state = _State()
@@ -147,20 +153,29 @@ class _Finder(MetaPathFinder, Loader):
         stands_for: Any = self.modules()[module.__name__]
         if stands_for is not None:
             module.__doc__ = stands_for.__doc__
+            module.__all__ = [name for name in dir(stands_for) if not name.startswith("_")]  # type: ignore[attr-defined]
             module.__getattr__ = lambda name: getattr(stands_for, name)  # type: ignore[method-assign]
 
 
 _finder = _Finder()
 
 
-def _register_backend() -> None:
-    """Let ``torch.compile(backend="rbln")`` run graphs as they are: operators compute on the CPU."""
-    from torch._dynamo import register_backend
+def _register_backend() -> bool:
+    """Let ``torch.compile(backend="rbln")`` run graphs as they are: operators compute on the CPU.
+
+    Returns:
+        Whether it was done; another back end of that name is left alone.
+    """
+    from torch._dynamo import list_backends, register_backend
+
+    if _BACKEND in list_backends(exclude_tags=()):
+        return False
 
     def rbln(graph: Any, example_inputs: Any, **options: Any) -> Any:
         return graph.forward
 
     register_backend(rbln, name=_BACKEND)
+    return True
 
 
 def _unregister_backend() -> None:

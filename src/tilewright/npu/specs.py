@@ -72,7 +72,7 @@ def parse_argument(text: str) -> Any:
             value = ast.literal_eval(text)
         except (ValueError, SyntaxError):
             value = None
-        if not isinstance(value, int | float | str):
+        if not isinstance(value, int | float | str | tuple):
             expected = "a tensor such as 'f32[1,64]', or a number"
             raise ArgumentError("npu compile", "args", f"got {text!r}, expected {expected}")
         return value
@@ -81,5 +81,8 @@ def parse_argument(text: str) -> Any:
         raise ArgumentError(
             "npu compile", "args", f"got dtype {match['dtype']!r}, expected one of {', '.join(_DTYPES)}"
         )
-    sizes = [int(each) for each in match["sizes"].split(",") if each.strip()]
-    return torch.empty(sizes, dtype=_DTYPES[name], device="meta")
+    try:
+        sizes = [int(each) for each in match["sizes"].split(",") if each.strip()]
+        return torch.empty(sizes, dtype=_DTYPES[name], device="meta")
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise ArgumentError("npu compile", "args", f"got {text!r}: {str(error).splitlines()[0]}") from error

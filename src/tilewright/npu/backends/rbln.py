@@ -18,6 +18,6 @@ def kernel_compile(program: Program) -> str:
     operator = program.operator
     if operator is None:
         assert program.kernel is not None
-        operator = define(program.kernel, name=program.name, constexprs=manifest.constexprs, profile=manifest.profile)
+        operator = define(program.kernel, name=program.name, values=manifest.constexprs, profile=manifest.profile)
         operator = replace(operator, host_layout=manifest.host_layout)
     return script_of(operator, program.example)

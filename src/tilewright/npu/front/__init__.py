@@ -17,6 +17,7 @@ from tilewright.npu.front.scope import FileScope, LiveScope, Scope
 from tilewright.npu.front.special import FLASH_HINT
 from tilewright.npu.front.values import UNKNOWN, Argument, TensorSpec
 from tilewright.npu.ir.dialect import integers
+from tilewright.npu.ir.text import NAME, encoded
 from tilewright.npu.module import constexpr_names, parameters
 from tilewright.npu.symbols import Symbolic
 
@@ -222,7 +223,10 @@ def _arguments(k: Interpreter, function: ast.FunctionDef) -> dict[str, Argument]
 
 
 def _argument_attributes(argument: Argument, spec: TensorSpec) -> dict[str, Attribute]:
-    attributes: dict[str, Attribute] = {"npu.role": StringAttr(role(argument.uses))}
+    attributes: dict[str, Attribute] = {
+        NAME: StringAttr(encoded(argument.name)),
+        "npu.role": StringAttr(role(argument.uses)),
+    }
     seen = argument.seen_shape
     if seen is not None and seen != spec.shape and all(isinstance(size, int) for size in seen):
         attributes["npu.seen_shape"] = integers([int(size) for size in seen])  # type: ignore[arg-type]

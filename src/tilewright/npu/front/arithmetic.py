@@ -23,6 +23,7 @@ from tilewright.npu.front.values import (
     Origin,
     Runtime,
     Tensor,
+    guess,
 )
 from tilewright.npu.ir import dialect
 from tilewright.npu.language import float32, int1
@@ -69,14 +70,14 @@ def binary(k: Interpreter, node: ast.AST, op: ast.operator, left: Any, right: An
         return _index(k, node, op, left, right)
     if isinstance(left, Argument) or isinstance(right, Argument):
         return _argument(k, node, op, left, right)
-    if left is UNKNOWN or right is UNKNOWN:
-        return UNKNOWN
     if isinstance(left, Tensor) or isinstance(right, Tensor):
         function = _TENSOR.get(type(op))
         if function is None:
             k.report("UNSUPPORTED_OP", node, "tensors have +, -, * and / only")
-            return UNKNOWN
+            return guessed(node, left, right)
         return elementwise(k, node, function, left, right)
+    if left is UNKNOWN or right is UNKNOWN:
+        return UNKNOWN
     return _sizes(k, node, op, left, right)
 
 
@@ -152,6 +153,23 @@ def compare(k: Interpreter, node: ast.Compare, op: ast.cmpop, left: Any, right: 
 
 def elementwise(k: Interpreter, node: ast.AST, function: str, *operands: Any) -> Any:
     """A function of the elements of tensors and numbers; shapes broadcast."""
+    with k.judging(*operands):
+        return _elementwise(k, node, function, operands)
+
+
+def guessed(node: ast.AST, *operands: Any) -> Any:
+    """What a function of tensors and of what is not known gives most likely."""
+    shape: Shape | None = None
+    for each in operands:
+        if isinstance(each, Tensor):
+            try:
+                shape = shapes.broadcast(shape or (), each.shape)
+            except ShapeError:
+                return UNKNOWN
+    return UNKNOWN if shape is None else guess(Origin("guess", node), shape)
+
+
+def _elementwise(k: Interpreter, node: ast.AST, function: str, operands: tuple[Any, ...]) -> Any:
     shape: Shape = ()
     try:
         for each in operands:
@@ -165,10 +183,10 @@ def elementwise(k: Interpreter, node: ast.AST, function: str, *operands: Any) ->
             message = f"'{each.name}' is not loaded; what a 0-d tensor holds can only be multiplied with a tensor"
             k.report("SCALAR_PARAM", node, message, "pass it as a tensor of full shape, and load it")
     if any(_is_condition(k, node, each) for each in (operands[1:] if function == "select" else operands)):
-        return UNKNOWN
+        return guessed(node, *operands)
     given = [operand(k, node, each, shape) for each in operands]
     if any(each is UNKNOWN for each in given):
-        return UNKNOWN
+        return guessed(node, *operands)
     for each in operands:
         if isinstance(each, Tensor) and each.origin.name == "zeros":
             _judge_zeros(k, node)
@@ -276,7 +294,7 @@ def _index(k: Interpreter, node: ast.AST, op: ast.operator, left: Any, right: An
     if not isinstance(op, ast.Add) or not isinstance(other, int | Symbolic):
         message = "an index that was read from memory can only have a constexpr added to it"
         k.report("DYN_USE", node, message, "compute it on the host, and read it from a table of its own")
-        return UNKNOWN
+        return UNKNOWN if isinstance(other, Tensor) else Index(index.block, index.maximum, None, index.source)
 
     def make() -> Any:
         value = IntegerAttr(int(other), 64)  # type: ignore[arg-type]

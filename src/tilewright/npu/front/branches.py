@@ -18,6 +18,7 @@ from tilewright.npu.front.values import (
     Return,
     Tensor,
     Undefined,
+    guess,
 )
 from tilewright.npu.symbols import UNBOUNDED, Symbolic
 
@@ -79,9 +80,18 @@ def common(node: ast.AST, first: Any, second: Any) -> Any:
     if isinstance(first, Block) and isinstance(second, Block):
         return _common_block(node, first, second)
     if _can_be_yielded([first, second]):
-        return Tensor(first.shape, first.dtype, Origin("if", node, (first, second)))
+        guessed = first.guessed or second.guessed
+        return Tensor(first.shape, first.dtype, Origin("if", node, (first, second)), None, guessed)
     if isinstance(first, float) and isinstance(second, float):
         return FLOAT
+    return _guessed(node, first, second)
+
+
+def _guessed(node: ast.AST, first: Any, second: Any) -> Any:
+    """A tensor where it is one on one path, and nothing is known of the other."""
+    for one, other in ((first, second), (second, first)):
+        if isinstance(one, Tensor) and other is UNKNOWN:
+            return guess(Origin("if", node, (one,)), one.shape, one.dtype)
     return UNKNOWN
 
 
@@ -132,7 +142,7 @@ def _run_time(k: Interpreter, node: ast.If, condition: Flag) -> None:
         if same(*values):
             k.names[name] = values[0]
         elif UNKNOWN in values:
-            k.names[name] = UNKNOWN
+            k.names[name] = _guessed(node, *values)
         elif _can_be_yielded(values):
             yielded.append(name)
         else:
@@ -182,5 +192,11 @@ def _yield(
     for name, value in zip(names, values, strict=True):
         if value is not None:
             k.builder.name(value, name)  # type: ignore[union-attr]
-        ended = ends[0][name]
-        k.names[name] = Tensor(ended.shape, ended.dtype, Origin("if", node, tuple(end[name] for end in ends)), value)
+        both = [end[name] for end in ends]
+        k.names[name] = Tensor(
+            both[0].shape,
+            both[0].dtype,
+            Origin("if", node, tuple(both)),
+            value,
+            any(each.guessed for each in both),
+        )

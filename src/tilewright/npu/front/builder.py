@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +23,7 @@ from xdsl.dialects.builtin import (
 from xdsl.dialects.func import FuncOp, ReturnOp
 from xdsl.ir import Block, Region
 
-from tilewright.npu.ir.text import location_of
+from tilewright.npu.ir.text import encoded, location_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from tilewright.npu.language.core import dtype
     from tilewright.npu.source import Span
 
+_NUMBERED = re.compile(r"_\d+")
 _FLOATS = {"fp64": f64, "fp32": f32, "fp16": f16, "bf16": bf16}
 
 
@@ -66,8 +68,8 @@ class Builder:
 
     @staticmethod
     def name(value: SSAValue, name: str) -> None:
-        """Name a value in the program's text as the source does. MLIR has names of ASCII only."""
-        if value.name_hint is None and name.isascii():
+        """Name a value in the program's text as the source does. MLIR has names of ASCII only, and numbers them."""
+        if value.name_hint is None and name.isascii() and not _NUMBERED.fullmatch(name):
             value.name_hint = name
 
     @contextmanager
@@ -85,7 +87,7 @@ class Builder:
         """The program, with attributes of the function and of its arguments."""
         self.add(ReturnOp(), span)
         function = FuncOp(
-            name,
+            encoded(name),
             FunctionType.from_lists(self._types, []),
             Region(self._body),
             arg_attrs=ArrayAttr([DictionaryAttr(each) for each in arguments]),

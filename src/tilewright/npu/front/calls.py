@@ -6,6 +6,7 @@ import ast
 from typing import TYPE_CHECKING, Any
 
 from tilewright.npu import language
+from tilewright.npu.front import arithmetic
 from tilewright.npu.front.scope import PYTHON
 from tilewright.npu.front.values import (
     FLOAT,
@@ -31,6 +32,12 @@ if TYPE_CHECKING:
 
 _MAX_DEPTH = 32
 _PROGRAM_ID = {"program_id", "num_programs"}
+_LIKE_OPERANDS = {
+    "cast", "clamp", "cumprod", "cumsum", "div_rn", "flip", "fma", "max_constancy", "max_contiguous", "multiple_of",
+    "softmax", "sort", "sqrt_rn", "umulhi", "zeros_like",
+}  # fmt: skip
+"""Functions that nothing supports, and that give a tensor of their operands' shape."""
+
 _ON_DEVICE = Tensor | Index | Flag | Runtime | Block | Argument
 
 
@@ -181,7 +188,7 @@ def builtin(k: Interpreter, node: ast.expr, function: Builtin, args: list[Any], 
 
     if function.signature is None:
         _refuse(k, node, function)
-        return UNKNOWN
+        return arithmetic.guessed(node, *args) if function.name in _LIKE_OPERANDS else UNKNOWN
     try:
         found = function.signature.bind(*args, **kwargs)
     except TypeError as error:
@@ -191,7 +198,8 @@ def builtin(k: Interpreter, node: ast.expr, function: Builtin, args: list[Any], 
     handlers: dict[str, Callable[..., Any]] = special.HANDLERS if function.namespace == "rblib" else operations.HANDLERS
     if function.namespace == "tl":
         operations.judge(k, node, function)
-    result = handlers[function.name](k, node, *found.args, **found.kwargs)
+    with k.judging(*args, *kwargs.values()):
+        result = handlers[function.name](k, node, *found.args, **found.kwargs)
     if not _is_complete(result):
         k.leave_out(node)
     return result

@@ -32,6 +32,7 @@ from tilewright.npu.front.values import (
     Runtime,
     Tensor,
     Undefined,
+    guess,
 )
 from tilewright.npu.language.core import Builtin, dtype
 from tilewright.npu.module import constexpr_names, is_constexpr
@@ -51,6 +52,9 @@ if TYPE_CHECKING:
 
 MAX_UNROLLED = 65536
 """How many steps the loops of a kernel may have together."""
+
+_OF_SHAPES = {"SHAPE", "DOT_SHAPE"}
+"""The rules about the shapes of tensors, which nothing is said about where these are guessed."""
 
 
 class Interpreter:
@@ -91,6 +95,7 @@ class Interpreter:
         self.depth = 0
         self.endless: set[str] = set()
         self._assigned: set[str] = set()
+        self._guessing = False
         self._steps = 0
         self._loops: dict[str, int] = {}
         self._kernel = scope.module.source
@@ -100,6 +105,8 @@ class Interpreter:
 
     def report(self, code: str, node: ast.AST, message: str, hint: str = "") -> None:
         """Note that a rule is broken at a node."""
+        if self._guessing and code in _OF_SHAPES:
+            return
         source = self._source(node)
         self.diagnostics.report(code, source, source.span(node), message, hint)
 
@@ -139,7 +146,17 @@ class Interpreter:
         """The tensor that an operation gives."""
         value = self.emit(node, make, *operands)[0]
         tensors = tuple(each for each in operands if isinstance(each, Tensor))
-        return Tensor(shape, of, Origin(name, node, tensors), value)
+        return Tensor(shape, of, Origin(name, node, tensors), value, any(each.guessed for each in tensors))
+
+    @contextmanager
+    def judging(self, *operands: Any) -> Iterator[None]:
+        """Report no shapes that do not fit while one of the operands has a shape that is only guessed."""
+        before = self._guessing
+        self._guessing = before or any(isinstance(each, Tensor) and each.guessed for each in operands)
+        try:
+            yield
+        finally:
+            self._guessing = before
 
     def leave_out(self, node: ast.AST) -> None:
         """Note that something is not in the program that is built, so that none is made."""
@@ -249,6 +266,7 @@ class Interpreter:
             case _:
                 self.report("SYNTAX", target, "only names can be assigned to")
                 self.leave_out(target)
+                self._forget(target)
 
     def static_assert(self, node: ast.AST, truth: Any, text: str, message: str = "") -> None:
         """Report a static_assert that does not hold; one that depends on sizes without values is believed."""
@@ -262,11 +280,13 @@ class Interpreter:
                 "STATIC_ASSERT", node, f"static_assert({text}) does not hold{': ' + message if message else ''}"
             )
 
-    def _forget(self, node: ast.stmt) -> None:
+    def _forget(self, node: ast.AST) -> None:
         """Forget the names that a statement assigns which is not interpreted, or as often as nobody knows."""
         for each in ast.walk(node):
             if isinstance(each, ast.Name) and _is_stored(each):
-                self.names[each.id] = UNKNOWN
+                value: Any = self.names.get(each.id)
+                tensor = isinstance(value, Tensor)
+                self.names[each.id] = guess(value.origin, value.shape, value.dtype) if tensor else UNKNOWN
 
     # Loops
 
@@ -279,7 +299,8 @@ class Interpreter:
             self._steps += 1
             if self._steps > MAX_UNROLLED:
                 message = f"the loops of a kernel can have {MAX_UNROLLED} steps together, as they are unrolled"
-                self.report("RANGE", node.iter, message)
+                if self._steps == MAX_UNROLLED + 1:
+                    self.report("RANGE", node.iter, message)
                 self.leave_out(node)
                 break
             self._assign(node.target, value)

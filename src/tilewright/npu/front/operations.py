@@ -13,7 +13,18 @@ from xdsl.dialects.builtin import IntegerAttr, MemRefType, StringAttr
 from tilewright.npu import shapes
 from tilewright.npu.front import arithmetic
 from tilewright.npu.front.builder import element_type
-from tilewright.npu.front.values import FLOAT, UNDECIDED, UNKNOWN, Argument, Block, Index, Memory, Origin, Tensor
+from tilewright.npu.front.values import (
+    FLOAT,
+    UNDECIDED,
+    UNKNOWN,
+    Argument,
+    Block,
+    Index,
+    Memory,
+    Origin,
+    Tensor,
+    guess,
+)
 from tilewright.npu.ir import dialect
 from tilewright.npu.language import float32
 from tilewright.npu.language.core import dtype, pointer_type
@@ -54,9 +65,8 @@ def _instead(name: str, node: ast.AST) -> str:
     args = [ast.unparse(each) for each in node.args] if isinstance(node, ast.Call) else []
     match name, args:
         case "exp2", [x]:
-            return (
-                f"tl.exp(({x}) * 0.6931471805599453)" if not x.isidentifier() else f"tl.exp({x} * 0.6931471805599453)"
-            )
+            whole = isinstance(node, ast.Call) and isinstance(node.args[0], ast.Name | ast.Call)
+            return f"tl.exp({x if whole else f'({x})'} * 0.6931471805599453)"
         case "sigmoid", [x]:
             return f"1 / (1 + tl.exp(-({x})))"
         case "where", [condition, x, y]:
@@ -85,7 +95,7 @@ def sizes(k: Interpreter, node: ast.AST, value: Any, what: str, least: float = 1
     for each in value:
         if isinstance(each, Index | Argument | Tensor | Block):
             name = f"'{each.name}'" if isinstance(each, Argument) else "a value of the device"
-            message = f"{what} depends on {name}; shapes are static"
+            message = f"{what} cannot have {name} in it: shapes are static"
             k.report("DYN_SHAPE", node, message, f"{getattr(each, 'name', 'SIZE')}: tl.constexpr")
             return None
         if each in (UNKNOWN, UNDECIDED):
@@ -135,7 +145,7 @@ def numbers(k: Interpreter, node: ast.AST, value: Any, what: str = "an operand")
 
 def assumed(value: Tensor) -> Tensor:
     """What a result looks like that is not built, for the rules that what follows may break."""
-    return Tensor(value.shape, value.dtype, value.origin)
+    return Tensor(value.shape, value.dtype, value.origin, None, value.guessed)
 
 
 def block(k: Interpreter, node: ast.AST, value: Any, what: str) -> Block | None:
@@ -181,11 +191,15 @@ def make_block_ptr(
     given_shape = sizes(k, node, shape, "the shape")
     given_strides = sizes(k, node, strides, "the strides", -math.inf)
     given_sizes = sizes(k, node, block_shape, "block_shape")
-    if given_shape is None or given_strides is None or given_sizes is None or offsets is UNKNOWN:
+    if given_shape is None or given_strides is None or given_sizes is None:
         return UNKNOWN
-    places = tuple(offsets) if isinstance(offsets, tuple) else (offsets,)
-    order = tuple(order) if isinstance(order, tuple) else (order,)
+    if offsets is UNKNOWN or isinstance(offsets, Symbolic):
+        return UNKNOWN
     rank = len(given_shape)
+    places = offsets if isinstance(offsets, tuple) else (offsets,)
+    if order is UNKNOWN or isinstance(order, Symbolic):
+        order = (UNKNOWN,) * rank
+    order = order if isinstance(order, tuple) else (order,)
     if {len(given_strides), len(given_sizes), len(places), len(order)} != {rank}:
         k.report("SHAPE", node, f"shape, strides, offsets, block_shape and order have {rank} entries each")
         return UNKNOWN
@@ -471,7 +485,9 @@ def broadcast_to(k: Interpreter, node: ast.AST, input: Any, *shape: Any) -> Any:
     if x is None or given is None:
         return UNKNOWN
     result = shaped(k, node, lambda: shapes.broadcast_to(x.shape, given))
-    return UNKNOWN if result is None else arithmetic.broadcast_to(k, node, x, given)
+    if result is None:
+        return guess(Origin("broadcast", node, (x,)), given, x.dtype)
+    return arithmetic.broadcast_to(k, node, x, given)
 
 
 @handler
@@ -498,7 +514,9 @@ def reshape(k: Interpreter, node: ast.AST, input: Any, *shape: Any, can_reorder:
     if x is None or given is None:
         return UNKNOWN
     result = shaped(k, node, lambda: shapes.reshape(x.shape, given))
-    return UNKNOWN if result is None else reshaped(k, node, x, result)
+    if result is None:
+        return UNKNOWN if -1 in given else guess(Origin("reshape", node, (x,)), given, x.dtype)
+    return reshaped(k, node, x, result)
 
 
 def reshaped(k: Interpreter, node: ast.AST, x: Tensor, shape: Shape) -> Tensor:
@@ -573,10 +591,11 @@ def dot(k: Interpreter, node: ast.AST, input: Any, other: Any, acc: Any, *rest: 
         shape = shapes.matmul(x.shape, y.shape)
     except ShapeError as error:
         k.report("DOT_SHAPE", node, str(error), "tl.reshape or tl.broadcast_to first")
-        return UNKNOWN
+        return guess(Origin("matmul", node), (*x.shape[:-1], y.shape[-1])) if x.shape and y.shape else UNKNOWN
     for each in (x, y):
         _judge_order(k, each)
-    judge_last(k, node, shape, "the product")
+    if not x.guessed and not y.guessed:
+        judge_last(k, node, shape, "the product")
     product = k.tensor(
         node,
         "matmul",
@@ -753,7 +772,7 @@ def cast(
         if _is_dtype(dtype) and dtype.is_int():
             return value
         k.report("DYN_USE", node, "an index stays an integer", "index.cast(tl.int32)")
-        return UNKNOWN
+        return Index(value.block, value.maximum, None, value.root)
     if isinstance(value, Tensor):
         if _is_dtype(dtype) and dtype == value.dtype:
             return value

@@ -110,12 +110,14 @@ class Tensor:
         dtype: of its elements: float32, or int1 for a comparison.
         origin: what made it.
         value: the value in the program that is built.
+        guessed: whether its shape is only what it is most likely, as something that it is made of is not known.
     """
 
     shape: Shape
     dtype: dtype
     origin: Origin
     value: Any = None
+    guessed: bool = False
 
     @property
     def type(self) -> block_type:
@@ -126,6 +128,11 @@ class Tensor:
     def is_condition(self) -> bool:
         """Whether it is the result of a comparison."""
         return self.dtype == int1
+
+
+def guess(origin: Origin, shape: Shape, dtype: dtype = float32) -> Tensor:
+    """A tensor that is not built, and that has this shape most likely."""
+    return Tensor(shape, dtype, origin, None, guessed=True)
 
 
 @dataclass(eq=False)

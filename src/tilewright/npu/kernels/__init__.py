@@ -28,6 +28,7 @@ _BODIES: dict[str, JitFunction] = {
     "sliding_window_attention_naive": sliding_window_attention,
 }
 _TABLE_RANK = {"prefill": 1, "decode": 2}
+_ALIGNED = ("query", "key", "value")
 _HOST_LAYOUT = "1:2:3"  # keys, values and the cache stay as the host has them
 
 
@@ -39,6 +40,7 @@ def _operators(*, blocks_first: bool) -> dict[str, Operator]:
             name=f"{name}_{phase}{suffix}",
             outputs={"output": "query"},
             constexprs={"DIM_BLOCK_TABLE": rank, "BLOCKS_FIRST": int(blocks_first)},
+            align=_ALIGNED,
             host_layout=_HOST_LAYOUT,
         )
         for name, body in _BODIES.items()

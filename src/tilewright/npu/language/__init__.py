@@ -95,7 +95,7 @@ def tensor(value: Any, dtype: Any = None) -> Any:
 
 @_tl
 def broadcast(input: Any, other: Any) -> Any:
-    """``input`` with the shape that both have together."""
+    """``input`` and ``other``, both with the shape that they have together."""
 
 
 @_tl
@@ -217,12 +217,12 @@ def fdiv(x: Any, y: Any, ieee_rounding: Any = False) -> Any:
 
 @_tl
 def maximum(x: Any, y: Any, propagate_nan: Any = None) -> Any:
-    """The greater of two."""
+    """The greater of two; NaN where either is."""
 
 
 @_tl
 def minimum(x: Any, y: Any, propagate_nan: Any = None) -> Any:
-    """The lesser of two."""
+    """The lesser of two; NaN where either is."""
 
 
 @_tl
@@ -241,7 +241,7 @@ def max(
     return_indices_tie_break_left: Any = True,
     keep_dims: Any = False,
 ) -> Any:
-    """The greatest along ``axis``."""
+    """The greatest along ``axis``; NaN where one is."""
 
 
 @_tl
@@ -252,7 +252,7 @@ def min(
     return_indices_tie_break_left: Any = True,
     keep_dims: Any = False,
 ) -> Any:
-    """The least along ``axis``."""
+    """The least along ``axis``; NaN where one is."""
 
 
 @_tl
