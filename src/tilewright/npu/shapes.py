@@ -123,6 +123,12 @@ def with_size(a: Shape, at: int, size: Size) -> Shape:
     return (*a[:at], size, *a[at + 1 :])
 
 
+def pad(a: Shape, at: int, low: Size, high: Size) -> Shape:
+    """The shape with more entries before and behind those of one axis."""
+    at = axis(at, len(a))
+    return (*a[:at], a[at] + low + high, *a[at + 1 :])
+
+
 def _same_but(a: Shape, b: Shape, at: int) -> None:
     if len(a) != len(b):
         raise ShapeError(f"{text(a)} and {text(b)} have different ranks")

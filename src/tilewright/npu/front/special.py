@@ -245,7 +245,7 @@ def nn_pad(k: Interpreter, node: ast.AST, x: Any, value: Any, axis: Any, pad: An
         k.report("SHAPE", node, f"a padding is a pair of counts, not {shapes.text(ends)}")
         return UNKNOWN
     low, high = ends
-    shape = shaped(k, node, lambda: shapes.with_size(given.shape, at, given.shape[at] + low + high))
+    shape = shaped(k, node, lambda: shapes.pad(given.shape, at, low, high))
     if shape is None:
         return UNKNOWN
 

@@ -486,8 +486,7 @@ class PadOp(NpuOperation):
         shape, low, high = shape_of(self.argument), self.number("low"), self.number("high")
         if low < 0 or high < 0:
             raise ShapeError(f"a padding of {low} and {high} entries")
-        axis = shapes.axis(self.number("axis"), len(shape))
-        return (shapes.with_size(shape, axis, shape[axis] + low + high),)
+        return (shapes.pad(shape, self.number("axis"), low, high),)
 
 
 # Rows of a cache
