@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from tilewright.errors import ArgumentError, DTypeError, NpuArtifactError, NpuProgramError
-from tilewright.npu import artifact
+from tilewright.npu import artifact, jit
+from tilewright.npu import language as tl
 from tilewright.npu.artifact import MANIFEST, PROGRAM
 from tilewright.npu.kernels import OPERATORS
 from tilewright.npu.program import Manifest
@@ -153,6 +154,23 @@ def test_bundles_need_a_folder(program, tmp_path):
     for root in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(NpuArtifactError, match="be written"):
             artifact.save(program, root)
+
+
+@jit
+def größer(  # noqa: PLC2401 - a name as good as any other
+    x_1, _2, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
+    x_block = tl.make_block_ptr(x_1, (ROWS, COLUMNS), (COLUMNS, 1), (0, 0), (ROWS, COLUMNS), (1, 0))
+    out_block = tl.make_block_ptr(_2, (ROWS, COLUMNS), (COLUMNS, 1), (0, 0), (ROWS, COLUMNS), (1, 0))
+    tl.store(out_block, tl.load(x_block) + 1.0)
+
+
+def test_any_name(tmp_path):
+    x = torch.randn(2, 64)
+    out = torch.full_like(x, torch.nan)
+    loaded = artifact.load(artifact.save(größer.warmup(x, out, 2, 64), tmp_path))
+    loaded.run(x, out)
+    assert torch.equal(out, x + 1.0)
 
 
 def test_every_kind_of_constexpr(tmp_path):

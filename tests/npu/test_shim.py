@@ -163,6 +163,13 @@ def test_another_back_end_of_that_name_is_left_alone():
         shim._unregister_backend()
 
 
+def test_findings_are_told(installed, tmp_path):
+    module = loaded(tmp_path, "shim_narrow")
+    x, cache, count = torch.randn(1, 48), torch.zeros(4, 48), torch.tensor([1], dtype=torch.int32)
+    with pytest.warns(UserWarning, match=r"shim_narrow\.py:\d+:\d+: warning\[NPU-LAST_DIM_64\]"):
+        module.shim_narrow.warmup(x, cache, count, torch.empty(4, 48), 4, 48)
+
+
 def test_compiling_may_be_all_that_it_does(tmp_path):
     install_shim(execute=False)
     try:

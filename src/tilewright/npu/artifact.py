@@ -27,7 +27,7 @@ from xdsl.dialects.builtin import MemRefType
 from tilewright.errors import NpuArtifactError
 from tilewright.npu.front.builder import element_type
 from tilewright.npu.ir.dialect import element_of, shape_of
-from tilewright.npu.ir.text import kernel_of, parse_program
+from tilewright.npu.ir.text import argument_names, kernel_name, kernel_of, parse_program
 from tilewright.npu.language import DTYPES
 from tilewright.npu.profiles import profiles
 from tilewright.npu.program import Manifest, Program
@@ -108,15 +108,15 @@ def _hold_against(folder: Path, manifest: Manifest, program: Program) -> None:
     function = kernel_of(program.module)
     attributes = function.arg_attrs.data if function.arg_attrs is not None else ()
     values = function.body.block.args
-    found = [(each.name_hint, shape_of(each), element_of(each)) for each in values if isinstance(each.type, MemRefType)]
+    found = [(shape_of(each), element_of(each)) for each in values if isinstance(each.type, MemRefType)]
     roles = [str(getattr(each.data.get("npu.role"), "data", "")) for each in attributes]
-    told = [(info.name, info.shape, _element(info.dtype)) for info in manifest.arguments]
-    if len(found) != len(values) or found != told or roles != [info.role for info in manifest.arguments]:
+    told = [(info.shape, _element(info.dtype)) for info in manifest.arguments]
+    names = [info.name for info in manifest.arguments]
+    if found != told or names != argument_names(program.module) or roles != [info.role for info in manifest.arguments]:
         raise NpuArtifactError(f"{folder}: manifest and program have other arguments")
-    if function.sym_name.data != manifest.kernel:
-        raise NpuArtifactError(
-            f"{folder}: the manifest is of kernel {manifest.kernel!r}, the program of {function.sym_name.data!r}"
-        )
+    name = kernel_name(program.module)
+    if name != manifest.kernel:
+        raise NpuArtifactError(f"{folder}: the manifest is of kernel {manifest.kernel!r}, the program of {name!r}")
     outputs = tuple(position for position, role in enumerate(roles) if role == "out")
     if manifest.grid != (1,) or manifest.outputs != outputs or manifest.profile not in profiles():
         raise NpuArtifactError(f"{folder}: grid, outputs or profile of the manifest are none of this program")

@@ -7,7 +7,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from tilewright.errors import ArgumentError, NpuArtifactError
-from tilewright.npu.ir.text import kernel_of, print_program
+from tilewright.npu.ir.text import print_program
 
 if TYPE_CHECKING:
     import torch
@@ -151,11 +151,6 @@ class Program:
     def text(self) -> str:
         """The program's text, with locations."""
         return print_program(self.module)
-
-    @property
-    def argument_names(self) -> list[str]:
-        """The names of the program's arguments, as its text has them."""
-        return [argument.name_hint or "" for argument in kernel_of(self.module).body.block.args]
 
     @property
     def files(self) -> dict[str, str]:

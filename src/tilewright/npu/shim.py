@@ -15,6 +15,7 @@ from __future__ import annotations
 import importlib.machinery
 import importlib.util
 import sys
+import warnings
 from contextlib import contextmanager
 from importlib.abc import Loader, MetaPathFinder
 from typing import TYPE_CHECKING, Any
@@ -95,7 +96,14 @@ def is_shim(module: ModuleType) -> bool:
 
 
 def warmed_up(program: Program, arguments: dict[str, Any]) -> None:
-    """Run a program that was compiled while the shim is installed, if its tensors have values."""
+    """Run a program that was compiled while the shim is installed, if its tensors have values.
+
+    What the checker found is told as Python's warnings, as nobody looks at the program.
+    """
+    if _finder not in sys.meta_path:
+        return
+    for found in program.diagnostics:
+        warnings.warn(str(found), stacklevel=3)
     if not _state.execute:
         return
     from torch._subclasses.fake_tensor import FakeTensor

@@ -184,7 +184,7 @@ def _method(k: Interpreter, node: ast.Call, receiver: Any, name: str, args: list
 
 def builtin(k: Interpreter, node: ast.expr, function: Builtin, args: list[Any], kwargs: dict[str, Any]) -> Any:
     """The value of a function of the language."""
-    from tilewright.npu.front import operations, special
+    from tilewright.npu.front import memory, operations, special
 
     if function.signature is None:
         _refuse(k, node, function)
@@ -195,7 +195,7 @@ def builtin(k: Interpreter, node: ast.expr, function: Builtin, args: list[Any], 
         k.report("SYNTAX", node, f"{function}: {error}")
         return UNKNOWN
     found.apply_defaults()
-    handlers: dict[str, Callable[..., Any]] = special.HANDLERS if function.namespace == "rblib" else operations.HANDLERS
+    handlers: dict[str, Callable[..., Any]] = special.HANDLERS if function.namespace == "rblib" else memory.HANDLERS
     if function.namespace == "tl":
         operations.judge(k, node, function)
     with k.judging(*args, *kwargs.values()):

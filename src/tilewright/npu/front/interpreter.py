@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from tilewright.npu import language
-from tilewright.npu.front import arithmetic, branches, calls
+from tilewright.npu.front import arithmetic, branches, calls, loops
 from tilewright.npu.front.paths import Choices, NoSuchWay
 from tilewright.npu.front.scope import plain
 from tilewright.npu.front.values import (
@@ -34,9 +34,8 @@ from tilewright.npu.front.values import (
     Undefined,
     guess,
 )
-from tilewright.npu.language.core import Builtin, dtype
 from tilewright.npu.module import constexpr_names, is_constexpr
-from tilewright.npu.symbols import UNBOUNDED, Symbolic, less, lower_bound
+from tilewright.npu.symbols import Symbolic, less
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -47,11 +46,9 @@ if TYPE_CHECKING:
     from tilewright.npu.front.builder import Builder
     from tilewright.npu.front.scope import Scope
     from tilewright.npu.front.values import Function
+    from tilewright.npu.language.core import dtype
     from tilewright.npu.shapes import Shape
     from tilewright.npu.source import SourceFile, Span
-
-MAX_UNROLLED = 65536
-"""How many steps the loops of a kernel may have together."""
 
 _OF_SHAPES = {"SHAPE", "DOT_SHAPE"}
 """The rules about the shapes of tensors, which nothing is said about where these are guessed."""
@@ -75,6 +72,8 @@ class Interpreter:
         choices: what is assumed of constexprs without values.
         depth: how many functions are interpreted inside of each other.
         endless: names of functions that call themselves without an end.
+        steps: how many steps loops have had.
+        loops: how often each loop was begun whose end is not known.
     """
 
     def __init__(
@@ -96,8 +95,8 @@ class Interpreter:
         self.endless: set[str] = set()
         self._assigned: set[str] = set()
         self._guessing = False
-        self._steps = 0
-        self._loops: dict[str, int] = {}
+        self.steps = 0
+        self.loops: dict[str, int] = {}
         self._kernel = scope.module.source
         self._elsewhere: dict[int, SourceFile] = {}
 
@@ -219,21 +218,21 @@ class Interpreter:
             case ast.Assign(targets=targets, value=value):
                 result = self.evaluate(value)
                 for target in targets:
-                    self._assign(target, result)
+                    self.assign(target, result)
             case ast.AnnAssign(target=target, annotation=annotation, value=value):
                 if value is not None:
-                    self._assign(target, self.evaluate(value))
+                    self.assign(target, self.evaluate(value))
                 if isinstance(target, ast.Name) and is_constexpr(annotation):
                     self.sizes.add(target.id)
             case ast.AugAssign(target=ast.Name(id=name) as target, op=op, value=value):
-                self._assign(target, arithmetic.binary(self, node, op, self._name(target, name), self.evaluate(value)))
+                self.assign(target, arithmetic.binary(self, node, op, self._name(target, name), self.evaluate(value)))
             case ast.Expr(value=value):
                 self.evaluate(value)
             case ast.For():
-                self._for(node)
+                loops.loop(self, node)
             case ast.While():
                 self.report("RANGE", node, "a while loop runs as often as the device says", "tl.static_range(...)")
-                self._once(node)
+                loops.once(self, node)
             case ast.If():
                 branches.conditional(self, node)
             case ast.Return(value=value):
@@ -246,9 +245,10 @@ class Interpreter:
                 kind = type(node).__name__
                 self.report("SYNTAX", node, f"a kernel has no statement of this kind ({kind})")
                 self.leave_out(node)
-                self._forget(node)
+                self.forget(node)
 
-    def _assign(self, target: ast.expr, value: Any) -> None:
+    def assign(self, target: ast.expr, value: Any) -> None:
+        """Give a value to a name, or the elements of a tuple to several."""
         match target:
             case ast.Name(id=name):
                 if self.builder is not None and isinstance(value, Tensor | Index) and value.value is not None:
@@ -262,11 +262,11 @@ class Interpreter:
                     self.report("SYNTAX", target, f"{len(targets)} names for {len(values)} values")
                     values = None
                 for index, each in enumerate(targets):
-                    self._assign(each, values[index] if values is not None else UNKNOWN)
+                    self.assign(each, values[index] if values is not None else UNKNOWN)
             case _:
                 self.report("SYNTAX", target, "only names can be assigned to")
                 self.leave_out(target)
-                self._forget(target)
+                self.forget(target)
 
     def static_assert(self, node: ast.AST, truth: Any, text: str, message: str = "") -> None:
         """Report a static_assert that does not hold; one that depends on sizes without values is believed."""
@@ -280,105 +280,13 @@ class Interpreter:
                 "STATIC_ASSERT", node, f"static_assert({text}) does not hold{': ' + message if message else ''}"
             )
 
-    def _forget(self, node: ast.AST) -> None:
+    def forget(self, node: ast.AST) -> None:
         """Forget the names that a statement assigns which is not interpreted, or as often as nobody knows."""
         for each in ast.walk(node):
             if isinstance(each, ast.Name) and _is_stored(each):
                 value: Any = self.names.get(each.id)
                 tensor = isinstance(value, Tensor)
                 self.names[each.id] = guess(value.origin, value.shape, value.dtype) if tensor else UNKNOWN
-
-    # Loops
-
-    def _for(self, node: ast.For) -> None:
-        values = self._iterated(node)
-        if values is None:
-            self._once(node)
-            return
-        for value in values:
-            self._steps += 1
-            if self._steps > MAX_UNROLLED:
-                message = f"the loops of a kernel can have {MAX_UNROLLED} steps together, as they are unrolled"
-                if self._steps == MAX_UNROLLED + 1:
-                    self.report("RANGE", node.iter, message)
-                self.leave_out(node)
-                break
-            self._assign(node.target, value)
-            self.run(node.body)
-        self.run(node.orelse)
-
-    def _once(self, node: ast.For | ast.While) -> None:
-        """Interpret a loop that cannot be unrolled for what can be found in it."""
-        if isinstance(node, ast.For):
-            for each in ast.walk(node.target):
-                if isinstance(each, ast.Name):
-                    self.names[each.id] = self._later(each.id, node.iter, UNBOUNDED)
-        with self.unbuilt(node):
-            try:
-                self.run(node.body)
-            except Return as end:
-                self.returned.append(end.value)
-            self._forget(node)
-            self.run(node.orelse)
-
-    def _iterated(self, node: ast.For) -> list[Any] | None:
-        """The values of a loop's variable; None if they cannot be known."""
-        call = node.iter
-        callee = self.evaluate(call.func) if isinstance(call, ast.Call) else None
-        loop = callee.name if isinstance(callee, Builtin) else "range" if callee is range else ""
-        if not isinstance(call, ast.Call) or loop not in {"static_range", "range"}:
-            if callee is not UNKNOWN:
-                self.report("RANGE", node.iter, "a loop that is not tl.static_range", "for i in tl.static_range(...):")
-            if callee is None and isinstance(values := self.evaluate(call), tuple):
-                return list(values)
-            return None
-        if loop == "range":
-            name = ast.unparse(call.func)
-            arguments = ", ".join(ast.unparse(each) for each in call.args)
-            self.report("RANGE", call, f"{name} is a loop of the device", f"tl.static_range({arguments})")
-        function = callee if isinstance(callee, Builtin) else language.FUNCTIONS["static_range"]
-        bounds = calls.bound(self, call, function)
-        if bounds is None:
-            return None
-        first, second, step = bounds["arg1"], bounds["arg2"], bounds["step"]
-        start, stop = (0, first) if second is None else (first, second)
-        step = 1 if step is None else step
-        for each in (start, stop, step):
-            if isinstance(each, Tensor | Index | Argument | Block | Flag | Runtime):
-                self.report(
-                    "RANGE", call, "the bounds of a loop are constexprs", "a tl.constexpr parameter as the bound"
-                )
-                return None
-            if each in (UNKNOWN, UNDECIDED):
-                return None
-            if not isinstance(each, int | Symbolic):
-                self.report("RANGE", call, "the bounds of a loop are integers", "// instead of /")
-                return None
-        return self._counted(node, call, start, stop, step)
-
-    def _counted(self, node: ast.For, call: ast.Call, start: Any, stop: Any, step: Any) -> list[Any] | None:
-        if step == 0:
-            self.report("RANGE", call, "a step of 0")
-            return None
-        if isinstance(start, int) and isinstance(stop, int) and isinstance(step, int):
-            values = range(start, stop, step)
-            if len(values) > MAX_UNROLLED:
-                self.report("RANGE", call, f"a loop of {len(values)} steps; at most {MAX_UNROLLED} can be unrolled")
-                return None
-            return list(values)
-        bound = UNBOUNDED
-        if lower_bound(step) > 0:
-            bound = lower_bound(start) + lower_bound(step)
-        elif lower_bound(-step) > 0:
-            bound = lower_bound(stop) + 1
-        name = node.target.id if isinstance(node.target, ast.Name) else "i"
-        return [start, self._later(name, call, bound)]
-
-    def _later(self, name: str, node: ast.expr, least: float) -> Symbolic:
-        """Any value of a loop's variable but the first one."""
-        name = f"{name}@{node.lineno}"
-        count = self._loops[name] = self._loops.get(name, 0) + 1
-        return Symbolic.atom(name if count == 1 else f"{name}#{count}", least)
 
     # Expressions
 

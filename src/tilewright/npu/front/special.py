@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, Any
 from xdsl.dialects.builtin import FloatAttr, IndexType, IntegerAttr, f32, i1
 
 from tilewright.npu import shapes
-from tilewright.npu.front import arithmetic, operations
-from tilewright.npu.front.operations import address, assumed, integer, judge_data, numbers, shaped, static, stored
+from tilewright.npu.front import arithmetic
+from tilewright.npu.front.memory import address, judge_data, stored
+from tilewright.npu.front.operands import assumed, block, integer, numbers, shaped, sizes, static, tensor
+from tilewright.npu.front.operations import permute
 from tilewright.npu.front.values import FLOAT, UNKNOWN, Block, Flag, Index, Origin, Tensor
 from tilewright.npu.ir import dialect
 from tilewright.npu.language import float32
@@ -136,7 +138,7 @@ def _dynamic(k: Interpreter, node: ast.AST, pointer: Block, axis: Any, given: An
 @handler
 def dynamic_load(k: Interpreter, node: ast.AST, pointer: Any, axis: Any = -1, index: Any = None) -> Any:
     """``rblib.dynamic_load``."""
-    source = operations.block(k, node, pointer, "rblib.dynamic_load")
+    source = block(k, node, pointer, "rblib.dynamic_load")
     if source is None:
         return UNKNOWN
     source.base.uses.add("load")
@@ -163,7 +165,7 @@ def dynamic_load(k: Interpreter, node: ast.AST, pointer: Any, axis: Any = -1, in
 @handler
 def dynamic_store(k: Interpreter, node: ast.AST, pointer: Any, value: Any, axis: Any = -1, index: Any = None) -> Any:
     """``rblib.dynamic_store``."""
-    target = operations.block(k, node, pointer, "rblib.dynamic_store")
+    target = block(k, node, pointer, "rblib.dynamic_store")
     if target is None:
         return UNKNOWN
     target.base.uses.add("store")
@@ -218,7 +220,7 @@ def window_insert(k: Interpreter, node: ast.AST, base: Any, state: Any, axis: An
 def window_slice(k: Interpreter, node: ast.AST, x: Any, end: Any, axis: Any, size: Any) -> Any:
     """``rblib.window_slice``."""
     given, last = numbers(k, node, x, "x"), index(k, node, end, "the end of the rows")
-    at, rows = integer(k, node, axis, "the axis"), operations.sizes(k, node, (size,), "the size")
+    at, rows = integer(k, node, axis, "the axis"), sizes(k, node, (size,), "the size")
     if given is None or last is None or at is None or rows is None:
         return UNKNOWN
     shape = shaped(k, node, lambda: shapes.with_size(given.shape, at, rows[0]))
@@ -232,7 +234,7 @@ def window_slice(k: Interpreter, node: ast.AST, x: Any, end: Any, axis: Any, siz
 def nn_pad(k: Interpreter, node: ast.AST, x: Any, value: Any, axis: Any, pad: Any, mode: Any = "constant") -> Any:
     """``rblib.nn_pad``."""
     given, at = numbers(k, node, x, "x"), integer(k, node, axis, "the axis")
-    ends = operations.sizes(k, node, pad, "the padding", 0)
+    ends = sizes(k, node, pad, "the padding", 0)
     constant = mode == "constant"
     if not constant and mode is not UNKNOWN:
         k.report("UNSUPPORTED_OP", node, f"rblib.nn_pad pads with a constant, not by '{mode}'")
@@ -280,8 +282,8 @@ def softmax(k: Interpreter, node: ast.AST, x: Any, axis: Any = -1) -> Any:
     k.report("REDUCE_AXIS", node, f"rblib.softmax along axis {at}; the device reduces the last dimension")
     order = list(range(rank))
     order[at], order[-1] = order[-1], order[at]
-    last = operations.permute(k, node, given, *order)
-    return operations.permute(k, node, _rows(k, node, "softmax", dialect.SoftmaxOp, (last,), last.shape), *order)
+    last = permute(k, node, given, *order)
+    return permute(k, node, _rows(k, node, "softmax", dialect.SoftmaxOp, (last,), last.shape), *order)
 
 
 def _scores(k: Interpreter, node: ast.AST, value: Any, what: str = "x") -> Tensor | None:
@@ -296,7 +298,7 @@ def _scores(k: Interpreter, node: ast.AST, value: Any, what: str = "x") -> Tenso
 @handler
 def masked_softmax(k: Interpreter, node: ast.AST, x: Any, mask: Any) -> Any:
     """``rblib.masked_softmax``."""
-    given, seen = _scores(k, node, x), operations.tensor(k, node, mask, "the mask")
+    given, seen = _scores(k, node, x), tensor(k, node, mask, "the mask")
     if given is None or seen is None:
         return UNKNOWN if given is None else assumed(given)
     if shaped(k, node, lambda: shapes.broadcast_to(seen.shape, given.shape)) is None:
@@ -317,7 +319,7 @@ def dynamic_masked_softmax(k: Interpreter, node: ast.AST, x: Any, given: Any) ->
 def window_softmax(k: Interpreter, node: ast.AST, x: Any, start: Any, window_size: Any) -> Any:
     """``rblib.window_softmax``."""
     scores, first = _scores(k, node, x), index(k, node, start, "the first row")
-    size = operations.sizes(k, node, (window_size,), "window_size")
+    size = sizes(k, node, (window_size,), "window_size")
     if scores is None or first is None or size is None:
         return UNKNOWN if scores is None else assumed(scores)
     properties = {"window_size": size[0]}
@@ -353,7 +355,7 @@ def _tile(k: Interpreter, node: ast.AST, op: type[Operation], scores: Tensor, se
 @handler
 def flash_attn_tile(k: Interpreter, node: ast.AST, qk: Any, mask: Any, row_max_prev: Any = None) -> Any:
     """``rblib.flash_attn_tile``."""
-    scores, seen = _scores(k, node, qk, "qk"), operations.tensor(k, node, mask, "the mask")
+    scores, seen = _scores(k, node, qk, "qk"), tensor(k, node, mask, "the mask")
     if scores is None or seen is None:
         return (UNKNOWN, UNKNOWN, UNKNOWN)
     if shaped(k, node, lambda: shapes.broadcast_to(seen.shape, scores.shape)) is None:
