@@ -70,6 +70,16 @@ def test_a_file_that_is_not_python(folder, text, place):
     assert "^" in str(report) or text == "\0"
 
 
+def test_what_is_no_text_in_a_folder_is_passed_over(folder):
+    Path("kernels").mkdir()
+    Path("kernels/add.py").write_text(WRONG_NAME)
+    Path("kernels/image.py").write_bytes(b"\xff\xfe\x00")
+    Path("kernels/gone.py").symlink_to("nowhere.py")
+    report = check_file("kernels")
+    assert list(report.sources) == [str(Path("kernels/add.py"))]
+    assert codes(report)
+
+
 def test_a_folder_is_searched_for_kernels(folder):
     files = {
         "kernels/add.py": WRONG_NAME,

@@ -122,8 +122,16 @@ def _with_kernels(folder: Path) -> Iterator[Path]:
             if not name.startswith(".") and name not in _NOT_SEARCHED and not (here / name / "pyvenv.cfg").exists()
         )
         for name in sorted(names):
-            if name.endswith(".py") and _MAY_HAVE_KERNEL.search(_read(str(here / name)).text):
+            if name.endswith(".py") and (here / name).is_file() and _may_have_kernel(here / name):
                 yield here / name
+
+
+def _may_have_kernel(path: Path) -> bool:
+    """Whether a file of a folder is worth reading; what is no text has no kernel, and is no reason to stop."""
+    try:
+        return _MAY_HAVE_KERNEL.search(path.read_bytes().decode(errors="replace")) is not None
+    except OSError as error:
+        raise ArgumentError("npu check", "FILE", f"'{path}' cannot be read: {error}") from error
 
 
 def _read(path: str) -> SourceFile:
