@@ -33,32 +33,12 @@ if TYPE_CHECKING:
     from tilewright.npu.program import Program
     from tilewright.npu.source import Span
 
-_UNARY: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-    name: getattr(torch, name)
-    for name in (
-        "abs",
-        "ceil",
-        "cos",
-        "erf",
-        "exp",
-        "exp2",
-        "floor",
-        "log",
-        "log2",
-        "neg",
-        "rsqrt",
-        "sigmoid",
-        "sin",
-        "sqrt",
-    )
-}
-_BINARY: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
-    name: getattr(torch, name)
-    for name in ("add", "sub", "mul", "div", "maximum", "minimum", "lt", "le", "gt", "ge", "eq", "ne")
-}
 _REDUCTIONS: dict[str, Callable[..., torch.Tensor]] = {"max": torch.amax, "min": torch.amin, "sum": torch.sum}
-FUNCTIONS: dict[str, Callable[..., torch.Tensor]] = {**_UNARY, **_BINARY, "select": torch.where}
-"""The elementwise functions."""
+FUNCTIONS: dict[str, Callable[..., torch.Tensor]] = {
+    **{name: getattr(torch, name) for name in (*npu.UNARY, *npu.BINARY)},
+    "select": torch.where,
+}
+"""The elementwise functions; torch calls them as the dialect does, but for one."""
 
 
 def execute(

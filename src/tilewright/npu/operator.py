@@ -111,10 +111,11 @@ class Operator:
         self._refuse_gradients(args)
         given = dict(zip(self.inputs, args, strict=True))
         program = self.program(given)
-        carried, outputs = self.carriers(given)
-        values = {**carried, **outputs} | {name: given[name] for name in self.mutated}
+        in_place = self.mutated
+        carried, outputs = self._carriers(given, in_place)
+        values = {**carried, **outputs}
         tensors = [values[each.name] for each in self.tensors]
-        execute(program, tensors, compute_dtype=compute_dtype, of_any_float=self.mutated)
+        execute(program, tensors, compute_dtype=compute_dtype, of_any_float=in_place)
         return _results([outputs[name].to(given[like].dtype) for name, like in self.outputs.items()])
 
     def _refuse_gradients(self, args: Sequence[Any]) -> None:
@@ -122,34 +123,37 @@ class Operator:
             message = "a tensor requires a gradient, and kernels for NPUs have none; use torch.no_grad() or detach()"
             raise ArgumentError(self.name, "args", message)
 
-    def carriers(self, given: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-        """What the kernel is called with: data as float32, aligned, contiguous; and outputs, which are not aligned."""
+    def _carriers(
+        self, given: Mapping[str, torch.Tensor], in_place: Sequence[str] = ()
+    ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        """What the kernel is called with: data as float32, aligned, contiguous; and outputs, which are not aligned.
+
+        Tensors named in ``in_place`` are passed as they are.
+        """
         carried: dict[str, torch.Tensor] = {}
         for each in self.tensors:
             if each.name not in given:
                 continue
             tensor = given[each.name]
-            if not isinstance(tensor, torch.Tensor):
-                raise ArgumentError(self.name, each.name, f"got {type(tensor).__name__}, expected a tensor")
-            if each.role in _DATA or each.role == "scalar":
-                if tensor.dtype not in _FLOATS:
-                    expected = ", ".join(str(dtype).removeprefix("torch.") for dtype in _FLOATS)
-                    raise DTypeError(self.name, each.name, f"got {tensor.dtype}, expected one of {expected}")
-                tensor = tensor.to(torch.float32)
-            elif each.role == "unused" and tensor.is_floating_point():
-                tensor = tensor.to(torch.float32)
-            carried[each.name] = tensor.contiguous()
-        outputs = {name: self._empty(name, carried) for name in self.outputs}
+            if each.role in {*_DATA, "scalar"} and tensor.dtype not in _FLOATS:
+                expected = ", ".join(str(dtype).removeprefix("torch.") for dtype in _FLOATS)
+                raise DTypeError(self.name, each.name, f"got {tensor.dtype}, expected one of {expected}")
+            if each.name not in in_place:
+                tensor = (tensor.to(torch.float32) if tensor.is_floating_point() else tensor).contiguous()
+            carried[each.name] = tensor
+        outputs = {name: self._empty(name, carried, torch.float32) for name in self.outputs}
         for name in self.aligned:
-            carried[name] = align_tensor_last_dim_to_64(carried[name])
+            if name not in in_place:
+                carried[name] = align_tensor_last_dim_to_64(carried[name])
         return carried, outputs
 
-    def _empty(self, name: str, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """Memory for an output, for tensors that are not aligned yet."""
+    def _empty(self, name: str, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype | None = None) -> torch.Tensor:
+        """Memory for an output, for tensors that are not aligned yet; by default of the dtype of what it is like."""
         like = tensors[self.outputs[name]]
+        dtype = dtype if like.is_floating_point() else like.dtype
         if name not in self.output_shapes:
-            return torch.empty_like(like, memory_format=torch.contiguous_format)
-        return like.new_empty([_compute(each, tensors) for each in self.output_shapes[name]])
+            return torch.empty_like(like, dtype=dtype, memory_format=torch.contiguous_format)
+        return like.new_empty([_compute(each, tensors) for each in self.output_shapes[name]], dtype=dtype)
 
     def values(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
         """The constexprs for aligned tensors.
@@ -186,7 +190,7 @@ class Operator:
         key = tuple((tuple(each.shape), each.dtype) for each in given.values())
         if key not in self._programs:
             given = {name: torch.empty_like(each, device="meta") for name, each in given.items()}
-            carried, outputs = self.carriers(given)
+            carried, outputs = self._carriers(given)
             tensors = {**carried, **outputs}
             arguments = {each.name: tensors[each.name] for each in self.tensors} | self.values(tensors)
             program = compile_kernel(

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 def clean(module: ModuleOp) -> None:
     """Make a program smaller: shape operations in one form, equal operations once, none whose result nobody uses."""
-    patterns = [_Reshape(), _Transpose(), _Broadcast(), _TransposeOfBroadcast(), _UnusedYield()]
+    patterns = [_LastShape(), _Transpose(), _TransposeOfBroadcast(), _UnusedYield()]
     PatternRewriteWalker(GreedyRewritePatternApplier(patterns)).rewrite_module(module)
     cse(module)
     dce(module)
@@ -71,15 +71,16 @@ def seen_shape(function: FuncOp, position: int) -> tuple[int, ...] | None:
     return tuple(int(each) for each in found.iter_values()) if isinstance(found, DenseArrayBase) else None
 
 
-class _Reshape(RewritePattern):
-    """A reshape to the same shape is nothing; of two only the last counts."""
+class _LastShape(RewritePattern):
+    """A reshape or a broadcast to the same shape is nothing; of two of a kind only the last counts."""
 
     @op_type_rewrite_pattern
-    def match_and_rewrite(self, op: ReshapeOp, rewriter: PatternRewriter) -> None:
+    def match_and_rewrite(self, op: ReshapeOp | BroadcastOp, rewriter: PatternRewriter) -> None:
+        kind, before = type(op), op.argument.owner
         if op.argument.type == op.result.type:
             rewriter.replace(op, [], [op.argument])
-        elif isinstance(before := op.argument.owner, ReshapeOp):
-            made = ReshapeOp.build(operands=[before.argument], result_types=[op.result.type])
+        elif isinstance(before, kind):
+            made = kind.build(operands=[before.argument], result_types=[op.result.type])
             made.location = op.location
             rewriter.replace(op, made)
 
@@ -95,19 +96,6 @@ class _Transpose(RewritePattern):
         elif isinstance(before := op.argument.owner, TransposeOp):
             inner = before.sizes("permutation")
             made = _transposed(before.argument, [inner[each] for each in order], op)
-            rewriter.replace(op, made)
-
-
-class _Broadcast(RewritePattern):
-    """A broadcast to the same shape is nothing; of two only the last counts."""
-
-    @op_type_rewrite_pattern
-    def match_and_rewrite(self, op: BroadcastOp, rewriter: PatternRewriter) -> None:
-        if op.argument.type == op.result.type:
-            rewriter.replace(op, [], [op.argument])
-        elif isinstance(before := op.argument.owner, BroadcastOp):
-            made = BroadcastOp.build(operands=[before.argument], result_types=[op.result.type])
-            made.location = op.location
             rewriter.replace(op, made)
 
 
